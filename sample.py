@@ -1,0 +1,82 @@
+"""Make a video from a prompt.
+
+    python sample.py --model=shapes --prompt="a red circle moving right" --out=out.mp4
+    python sample.py --model=runs/mine --prompt="a dog runs" --out=out.webm --num_samples=4 --seed=7
+
+The suffix of --out decides the format: .mp4, .webm, .gif, .png (contact sheet) or none (a folder of frames). With
+several samples, files are numbered. A contact sheet is written beside a video with --sheet=sheet.png.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from vdiff_jax.command import run_script, use_compile_cache
+
+use_compile_cache()
+
+from absl import flags
+
+_MODEL = flags.DEFINE_string("model", "shapes", "Bundled name, run folder or saved folder.")
+_PROMPT = flags.DEFINE_string("prompt", "", "What to show.")
+_NEGATIVE = flags.DEFINE_string("negative_prompt", "", "What to move away from.")
+_OUT = flags.DEFINE_string("out", "out.mp4", "Output file; its suffix decides the format.")
+_SHEET = flags.DEFINE_string("sheet", "", "Also write a contact sheet (.png) here.")
+_NUM_FRAMES = flags.DEFINE_integer("num_frames", None, "Frames of the clip; default: as the model was trained.")
+_SIZE = flags.DEFINE_integer("size", None, "Pixels per side; default: as the model was trained.")
+_STEPS = flags.DEFINE_integer("steps", None, "Denoising steps.")
+_GUIDANCE = flags.DEFINE_float("guidance_scale", None, "Guidance; 1 is off.")
+_RESCALE = flags.DEFINE_float("guidance_rescale", 0.0, "0..1, keeps guided contrast near the unguided one.")
+_INTERVAL = flags.DEFINE_list("guidance_interval", None, "Log-SNR range in which guidance acts, as low,high.")
+_SAMPLER = flags.DEFINE_string(
+    "sampler", None, "ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, euler, euler_ancestral, euler_edm or unipc."
+)
+_ETA = flags.DEFINE_float("eta", None, "Noise of the sampler, 0 (deterministic) to 1; default: the sampler's own.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed; sample i depends on (seed, i) only.")
+_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "How many clips.", lower_bound=1)
+_STRIDE = flags.DEFINE_float("stride", 1.0, "Time between frames in native intervals; below 1 is slow motion.")
+_FPS = flags.DEFINE_float("fps", None, "Frames per second of the file.")
+
+
+def main(_: list[str]) -> int:
+    from vdiff_jax.data.video_io import check_writable, contact_sheet, save_image
+    from vdiff_jax.pipeline import load
+
+    out = Path(_OUT.value)
+    check_writable(out)  # before any work is spent
+    interval = tuple(float(value) for value in _INTERVAL.value) if _INTERVAL.value else (-float("inf"), float("inf"))
+    if len(interval) != 2:
+        raise ValueError(f"--guidance_interval={','.join(_INTERVAL.value)}: give two numbers, low,high")
+    print(f"loading {_MODEL.value}", file=sys.stderr)
+    model = load(_MODEL.value)
+    steps = _STEPS.value or model.settings.steps
+    print(f"sampling {_NUM_SAMPLES.value} clip(s), {steps} steps (the first run compiles first)", file=sys.stderr)
+    clips = model.generate(
+        [_PROMPT.value] * _NUM_SAMPLES.value,
+        negative_prompt=_NEGATIVE.value,
+        num_frames=_NUM_FRAMES.value,
+        size=_SIZE.value,
+        steps=_STEPS.value,
+        guidance_scale=_GUIDANCE.value,
+        guidance_interval=interval,
+        guidance_rescale=_RESCALE.value,
+        sampler=_SAMPLER.value,
+        eta=_ETA.value,
+        seed=_SEED.value,
+        fps=_FPS.value,
+        stride=_STRIDE.value,
+    )
+    for index, clip in enumerate(clips):
+        path = out if len(clips) == 1 else out.with_name(f"{out.stem}_{index}{out.suffix}")
+        clip.save(path)
+        print(path)
+    if _SHEET.value:
+        sheet = contact_sheet([clip.frames for clip in clips], columns=clips[0].frames.shape[0])
+        save_image(_SHEET.value, sheet)
+        print(_SHEET.value)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

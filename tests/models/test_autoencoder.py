@@ -1,0 +1,70 @@
+"""The autoencoder's representations and their arrows."""
+
+import jax
+import numpy as np
+import pytest
+
+from vdiff_jax.components import make_component
+from vdiff_jax.models.autoencoder import AutoencoderConfig, latents_from_moments, raw_from_final, sample_moments
+
+SETTINGS = dict(channels=(8, 16, 16), norm_groups=4, latent_channels=3)
+
+
+def random_autoencoder(**changes):
+    component = make_component("autoencoder", {**SETTINGS, **changes})
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda a: rng.normal(size=a.shape).astype(np.float32) * 0.2, component.abstract)
+    return component, params
+
+
+VIDEO = np.random.default_rng(1).uniform(-1, 1, size=(2, 3, 16, 8, 3)).astype(np.float32)
+
+
+def test_shapes_and_frames_are_coded_alone():
+    component, params = random_autoencoder()
+    encode = jax.jit(lambda p, v: component.apply(p, v, method="encode_moments"))
+    decode = jax.jit(lambda p, z: component.apply(p, z, method="decode"))
+    moments = encode(params, VIDEO)
+    assert component.config.factor == 4 and moments.shape == (2, 3, 4, 2, 6)
+    np.testing.assert_allclose(encode(params, VIDEO[:, 1:2]), moments[:, 1:2], atol=1e-5)
+    latents = latents_from_moments(moments, component.config)
+    video = decode(params, latents)
+    assert video.shape == VIDEO.shape and video.dtype == np.float32
+    np.testing.assert_allclose(decode(params, latents[1:, 2:]), video[1:, 2:], atol=1e-5)
+
+
+def test_statistics_standardise_and_come_back():
+    component, params = random_autoencoder()
+    moments = np.asarray(component.apply(params, VIDEO, method="encode_moments"))
+    raw = np.asarray(sample_moments(moments))
+    flat = raw.reshape(-1, 3)
+    config = AutoencoderConfig(
+        **SETTINGS, latent_mean=tuple(map(float, flat.mean(0))), latent_std=tuple(map(float, flat.std(0)))
+    )
+    final = np.asarray(latents_from_moments(moments, config))
+    np.testing.assert_allclose(final.reshape(-1, 3).mean(0), 0, atol=1e-4)
+    np.testing.assert_allclose(final.reshape(-1, 3).std(0), 1, atol=1e-3)
+    np.testing.assert_allclose(raw_from_final(final, config), raw, atol=1e-5)
+
+
+def test_posterior_samples_have_the_stated_spread():
+    moments = np.concatenate([np.full((1, 1, 1, 1, 2), 0.5), np.full((1, 1, 1, 1, 2), 2 * np.log(0.1))], -1)
+    noise = np.random.default_rng(0).normal(size=(20000, 1, 1, 1, 2)).astype(np.float32)
+    samples = np.asarray(sample_moments(moments.astype(np.float32), noise))
+    assert samples.mean() == pytest.approx(0.5, abs=3e-3) and samples.std() == pytest.approx(0.1, rel=0.02)
+    np.testing.assert_array_equal(sample_moments(moments.astype(np.float32)), moments[..., :2].astype(np.float32))
+
+
+def test_log_variance_is_clamped():
+    component, params = random_autoencoder()
+    params = {**params, "quant_conv": jax.tree.map(lambda a: a * 1e4, params["quant_conv"])}
+    logvar = np.asarray(component.apply(params, VIDEO, method="encode_moments"))[..., 3:]
+    assert logvar.min() == -30 and logvar.max() == 20
+
+
+def test_bad_sizes_are_refused():
+    component, params = random_autoencoder()
+    with pytest.raises(ValueError, match="15x8, but this autoencoder needs multiples of 4"):
+        component.apply(params, VIDEO[:, :, :15], method="encode_moments")
+    with pytest.raises(ValueError, match="latent_mean has 2 values for 3"):
+        AutoencoderConfig(**SETTINGS, latent_mean=(0.0, 0.0))

@@ -1,0 +1,168 @@
+"""The UNet's contracts: what may depend on what, and what every option must leave unchanged."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vdiff_jax.components import make_component
+from vdiff_jax.models.functional import functional, parameter_count
+from vdiff_jax.models.unet import UNetConfig, VideoUNet
+from vdiff_jax.types import Conditioning
+
+SMALL = UNetConfig(
+    latent_channels=2, channels=(8, 16), attention=(False, True), text_features=6, embedding_features=16, head_dim=8,
+    norm_groups=4,
+)  # fmt: skip
+BATCH, FRAMES = 2, 3
+
+
+@functools.cache
+def network(config=SMALL):
+    init, apply = functional(lambda: VideoUNet(config))
+    abstract = jax.eval_shape(init, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32) * 0.2, abstract)
+    return params, jax.jit(apply)
+
+
+def inputs(num_frames=FRAMES, batch=BATCH, seed=0):
+    rng = np.random.default_rng(seed)
+    z = rng.normal(size=(batch, num_frames, 4, 4, 2)).astype(np.float32)
+    logsnr = rng.uniform(-5, 5, size=(batch, num_frames)).astype(np.float32)
+    mask = np.zeros((batch, num_frames, 4, 4, 1), np.float32)
+    context = np.full((batch, num_frames), 10.0, np.float32)
+    text = rng.normal(size=(batch, 5, 6)).astype(np.float32)
+    text_mask = np.arange(5)[None] < np.array([[3], [5]])[:batch]
+    times = np.broadcast_to(np.arange(num_frames, dtype=np.float32), (batch, num_frames))
+    return [z, logsnr, mask, context, Conditioning(text, text_mask, times)]
+
+
+def test_a_fresh_network_predicts_zero_and_presets_have_their_size():
+    init, apply = functional(lambda: VideoUNet(SMALL))
+    assert not jax.jit(apply)(jax.jit(init)(jax.random.key(0)), *inputs()).any()
+    for name, size in {"1M": 1e6, "3M": 3e6, "10M": 1e7, "100M": 1e8, "500M": 5e8, "1B": 1e9}.items():
+        config = UNetConfig.native(name)
+        abstract = jax.eval_shape(functional(lambda c=config: VideoUNet(c))[0], jax.random.key(0))
+        assert 0.7 * size < parameter_count(abstract) < 1.4 * size, name
+
+
+def test_batch_rows_do_not_see_each_other():
+    params, apply = network()
+    both = apply(params, *inputs())
+    other = inputs()
+    other[0] = other[0].copy()
+    other[0][1] += 1.0
+    changed = apply(params, *other)
+    np.testing.assert_allclose(changed[0], both[0], atol=1e-5)
+    assert np.abs(changed[1] - both[1]).max() > 1e-2
+
+
+@pytest.mark.parametrize("part", ["frame", "level", "text", "times", "mask", "context"])
+def test_every_input_matters_and_padding_does_not(part):
+    params, apply = network()
+    base = inputs()
+    base[2] = base[2].copy()
+    base[2][:, 0, :2] = 1.0
+    before = np.asarray(apply(params, *base))
+    z, logsnr, mask, context, cond = (jax.tree.map(np.array, value) for value in base)
+    text, text_mask, times = cond.text, cond.text_mask, cond.times
+    if part == "frame":  # an unchanged frame must notice a changed neighbour
+        z[:, 2] += 1.0
+    elif part == "level":
+        logsnr[:, 1] += 2.0
+    elif part == "text":
+        text[:, 0] += 1.0
+    elif part == "times":
+        times[:, 1] += 0.4
+    elif part == "mask":
+        mask[:, 0, 2:] = 1.0
+    else:
+        context[:, 0] = 3.0
+    after = np.asarray(apply(params, z, logsnr, mask, context, Conditioning(text, text_mask, times)))
+    assert np.abs(after[:, 0] - before[:, 0]).max() > 1e-4
+    padded = text.copy()
+    padded[0, 3:] += 100.0  # behind the text mask
+    same = apply(params, z, logsnr, mask, context, Conditioning(padded, text_mask, times))
+    np.testing.assert_allclose(same, after, atol=1e-4)
+
+
+def test_shifting_time_changes_nothing_stretching_does():
+    params, apply = network()
+    base = inputs()
+    out = [
+        np.asarray(apply(params, *base[:4], Conditioning(base[4].text, base[4].text_mask, times.astype(np.float32))))
+        for times in (base[4].times, base[4].times + 37.0, base[4].times * 2.0)
+    ]
+    np.testing.assert_allclose(out[0], out[1], atol=1e-3)
+    assert np.abs(out[0] - out[2]).max() > 1e-2
+
+
+def test_fresh_temporal_branches_leave_an_image_model():
+    """With the temporal output layers at zero, each frame is what it would be alone."""
+    params, apply = network()
+
+    def silence(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        return np.zeros_like(leaf) if "temporal_conv.conv" in name or "temporal.proj_out" in name or "embedding.time" in name else leaf  # fmt: skip
+
+    image = jax.tree_util.tree_map_with_path(silence, params)
+    z, logsnr, mask, context, cond = inputs()
+    together = np.asarray(apply(image, z, logsnr, mask, context, cond))
+    one = [value[:, 1:2] for value in (z, logsnr, mask, context)]
+    alone = apply(image, *one, Conditioning(cond.text, cond.text_mask, cond.times[:, 1:2]))
+    np.testing.assert_allclose(together[:, 1:2], alone, atol=2e-4)
+
+
+def test_wholly_known_frames_take_their_context_level():
+    params, apply = network()
+    z, logsnr, mask, context, cond = inputs()
+    mask = mask.copy()
+    mask[:, 0] = 1.0
+    other = logsnr.copy()
+    other[:, 0] = -9.0
+    np.testing.assert_allclose(
+        apply(params, z, logsnr, mask, context, cond), apply(params, z, other, mask, context, cond), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("remat", ["blocks", "dots"])
+def test_remat_changes_neither_output_nor_gradient(remat):
+    config = UNetConfig(**{**SMALL.__dict__, "remat": remat})
+    params, plain = network()
+    _, other = network(config)
+    args = inputs()
+
+    def loss(apply, params):
+        return jnp.mean(jnp.square(apply(params, *args)))
+
+    (a, grad_a), (b, grad_b) = (jax.value_and_grad(functools.partial(loss, f))(params) for f in (plain, other))
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=1e-4), grad_a, grad_b)
+
+
+def test_bfloat16_compute_stays_close():
+    params, apply = network()
+    _, half = network(UNetConfig(**{**SMALL.__dict__, "dtype": "bfloat16"}))
+    full, low = (np.asarray(f(params, *inputs())) for f in (apply, half))
+    assert low.dtype == np.float32
+    assert 0 < np.abs(full - low).mean() < 0.05 * np.abs(full).mean()
+
+
+def test_bad_settings_are_refused_in_a_sentence():
+    params, apply = network()
+    args = inputs()
+    args[0] = args[0][:, :, :3]
+    args[2] = args[2][:, :, :3]
+    with pytest.raises(ValueError, match="need multiples of 2"):
+        apply(params, *args)
+    with pytest.raises(ValueError, match="one True or False per level"):
+        UNetConfig(channels=(8, 8, 8), attention=(True, True))
+    with pytest.raises(ValueError, match="remat"):
+        UNetConfig(remat="everything")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"model.unet.chanels is not a setting; did you mean 'channels'"):
+        make_component("unet", dict(chanels=(8,)))
+    with pytest.raises(ValueError, match="choose one of 1M"):
+        UNetConfig.native("7T")

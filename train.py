@@ -1,0 +1,110 @@
+"""Train a stage of a model: the autoencoder or the diffusion network.
+
+    python train.py --config=configs/shapes_autoencoder.py --workdir=runs/shapes_autoencoder
+    python train.py --config=configs/shapes.py --workdir=runs/shapes
+    python train.py --config=configs/folder.py --workdir=runs/mine --config.data.folder=my_clips
+
+Any setting can be changed on the command line: --config.train.num_steps=2000 --config.optimizer.learning_rate=5e-4.
+Running the same command again resumes from the newest checkpoint. Ctrl-C or SIGTERM stops after a checkpoint.
+The work folder receives checkpoints/, metrics.jsonl, tensorboard/, samples/ and model/ (the finished model).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from vdiff_jax.command import run_script, use_compile_cache
+
+use_compile_cache()
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from vdiff_jax import parallel
+from vdiff_jax.models.functional import parameter_count
+from vdiff_jax.recipe import TrainConfig, section
+from vdiff_jax.stages import make_stage
+from vdiff_jax.training.checkpoint import Checkpoints
+from vdiff_jax.training.loop import fit
+from vdiff_jax.training.optimizer import OptimizerConfig, make_optimizer
+from vdiff_jax.training.step import init_sharded_state, make_train_step
+from vdiff_jax.training.writers import MetricWriter
+
+STOPPED_EARLY = 75  # stopped by a signal or the time limit, with a checkpoint: run again to go on
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, a file in configs/.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; made if missing, resumed if not empty.")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of a multi-host run first.")
+
+
+def main(_: list[str]) -> int:
+    # --- processes and devices
+    if _DISTRIBUTED.value:
+        parallel.start_distributed()
+    recipe = _CONFIG.value
+    mesh = parallel.make_mesh(**recipe.parallel)
+    workdir = Path(_WORKDIR.value)
+    workdir.mkdir(parents=True, exist_ok=True)
+    first = jax.process_index() == 0
+    if first:
+        print(f"{recipe.stage} stage, mesh {parallel.describe(mesh)}, in {workdir}", file=sys.stderr)
+
+    with jax.set_mesh(mesh):
+        # --- data, networks, loss
+        stage = make_stage(recipe, mesh, workdir)
+        train = section(recipe, "train", TrainConfig)
+        optimizer = make_optimizer(section(recipe, "optimizer", OptimizerConfig), train.num_steps)
+
+        # --- state: shapes first, then memory, then the newest checkpoint if there is one
+        key = jax.random.key(recipe.seed)
+        state, shardings = init_sharded_state(stage.init, optimizer, key, mesh)
+        checkpoints = Checkpoints(workdir, keep=train.keep_checkpoints)
+        if checkpoints.latest_step is not None:
+            state, _meta = checkpoints.restore(jax.eval_shape(lambda: state), shardings)
+            print(f"resumed at step {int(state.step)}", file=sys.stderr)
+        train_step = make_train_step(
+            stage.loss_fn,
+            optimizer,
+            mesh,
+            shardings,
+            ema_decay=train.ema_decay,
+            accumulation_steps=train.accumulation_steps,
+        )
+
+        # --- the loop, and the finished model
+        writer = MetricWriter(workdir) if first else None
+        if first:
+            (workdir / "recipe.json").write_text(recipe.to_json_best_effort(indent=2) + "\n", encoding="utf-8")
+            print(f"{parameter_count(state.params) / 1e6:.2f} M trainable parameters", file=sys.stderr)
+        try:
+            state, finished = fit(
+                state,
+                train_step,
+                stage.batches_from(int(state.step)),
+                key,
+                train.loop(),
+                batch_size=recipe.data.batch_size,
+                checkpoints=checkpoints,
+                meta={"recipe": recipe.to_json_best_effort(), "data_seed": recipe.seed},
+                writer=writer,
+                on_sample=stage.on_sample,
+            )
+        finally:
+            checkpoints.close()
+            if writer is not None:
+                writer.close()
+        if first:
+            stage.finish(state, workdir / "model")
+            print(f"model at step {int(state.step)} written to {workdir / 'model'}", file=sys.stderr)
+    return 0 if finished else STOPPED_EARLY
+
+
+def run() -> None:
+    """Entry point: one clear sentence and a non-zero exit code where the input is at fault."""
+    flags.mark_flags_as_required(["config", "workdir"])
+    run_script(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,55 @@
+"""What every script shares: errors in one sentence, exit codes, the compile cache."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import app, flags
+
+USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, RuntimeError)
+
+
+def use_compile_cache() -> None:
+    """Keep compiled programs between runs, unless the environment says where or that it should not."""
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "vdiff_jax" / "xla"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+
+def run_script(main: Callable[[list[str]], int | None]) -> None:
+    """Run `main(argv)` with absl flags parsed.
+
+    A user's mistake ends with one sentence on stderr and exit code 1; `VDIFF_TRACEBACK=1` shows where it arose. Flag
+    errors, unknown configuration keys among them, end the same way.
+    """
+
+    def guarded(argv: list[str]) -> int | None:
+        if len(argv) > 1:
+            return _fail(f"unexpected argument {argv[1]!r}: options look like --name=value, see --help")
+        try:
+            return main(argv)
+        except USER_ERRORS as error:
+            if os.environ.get("VDIFF_TRACEBACK"):
+                traceback.print_exc()
+            return _fail(str(error))
+
+    app.run(guarded, flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        sys.exit(_fail(str(error)))
+    except (AttributeError, KeyError, ValueError, FileNotFoundError) as error:  # from the recipe and its overrides
+        if os.environ.get("VDIFF_TRACEBACK"):
+            traceback.print_exc()
+        sys.exit(_fail(str(error).strip("'\"")))
+
+
+def _fail(sentence: str) -> int:
+    print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
+    return 1

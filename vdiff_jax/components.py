@@ -1,0 +1,66 @@
+"""The parts of a model by name: configuration, `init` and `apply` of each network.
+
+A model is at most three components: `autoencoder`, `text_encoder`, `unet`. A configuration is a plain dict of the
+fields of the component's dataclass, as it stands in a recipe or in `config.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from vdiff_jax.models.autoencoder import AutoencoderConfig, VideoAutoencoder
+from vdiff_jax.models.functional import functional
+from vdiff_jax.models.text_encoder import TextEncoder, TextEncoderConfig
+from vdiff_jax.models.unet import UNetConfig, VideoUNet
+from vdiff_jax.types import Array, Params
+
+KINDS: dict[str, tuple[type, type]] = {
+    "autoencoder": (AutoencoderConfig, VideoAutoencoder),
+    "text_encoder": (TextEncoderConfig, TextEncoder),
+    "unet": (UNetConfig, VideoUNet),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """A network: its name, configuration, and the pure functions `init(key)` and `apply(params, ...)`."""
+
+    name: str
+    config: Any
+    init: Callable[[Array], Params]
+    apply: Callable[..., Any]
+
+    @property
+    def abstract(self) -> Params:
+        """Parameter shapes, no memory spent."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    def config_dict(self) -> dict[str, Any]:
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self.config).items()}
+
+
+def make_component(name: str, settings: Mapping[str, Any]) -> Component:
+    """Build the component `name` from its settings.
+
+    Raises ValueError for an unknown setting, naming the nearest one.
+    """
+    config_class, module_class = KINDS[name]
+    config = make_config(config_class, settings, f"model.{name}")
+    init, apply = functional(lambda: module_class(config))
+    return Component(name, config, init, apply)
+
+
+def make_config(config_class: type, settings: Mapping[str, Any], where: str) -> Any:
+    """A frozen config dataclass from a mapping; lists become tuples, unknown keys are refused with a suggestion."""
+    known = {field.name for field in dataclasses.fields(config_class)}
+    for key in settings:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(sorted(known))}"
+            raise ValueError(f"{where}.{key} is not a setting{hint}")
+    return config_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})

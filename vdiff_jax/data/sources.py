@@ -1,0 +1,370 @@
+"""Sources of training clips: anything with a length whose `read(index, rng)` gives one record.
+
+A record is a dictionary of one clip's window, on the host:
+
+    frames   u8  [f h w 3]   (or `moments` f32 [f h w 2c], from the latent cache)
+    times    f32 [f]         time stamps in native frame intervals, 0 at the window's start
+    anchor   bool            frame 0 comes from far before the window
+    fps      float           native frames per second
+    caption  str             "" where there is none
+    name     str             which clip
+
+All chance comes in through `rng`: equal (index, rng state), equal record. `source[index]` is the record of a fixed rng.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+
+from vdiff_jax.data.video_io import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Limits, VideoError, probe, read_video
+from vdiff_jax.data.video_write import CLIP_JSON
+
+Record: TypeAlias = dict[str, Any]
+_DIRECTIONS = ("right", "left", "down", "up")
+SPLITS = ("all", "train", "heldout")
+
+
+@runtime_checkable
+class Source(Protocol):
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record: ...
+
+    def read(self, index: int, rng: np.random.Generator) -> Record: ...
+
+    def captions(self) -> list[str]: ...
+
+
+@dataclasses.dataclass
+class SkipReport:
+    """Clips left out and why: `reasons[name] = sentence`; `count` counts every time one had to be left out."""
+
+    count: int = 0
+    reasons: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def add(self, name: str, reason: str) -> None:
+        self.count += 1
+        self.reasons.setdefault(name, reason)
+
+    def __str__(self) -> str:
+        if not self.count:
+            return "no clip was skipped"
+        shown = "; ".join(f"{name}: {reason}" for name, reason in list(self.reasons.items())[:3])
+        more = f" and {len(self.reasons) - 3} more clips" if len(self.reasons) > 3 else ""
+        return f"{len(self.reasons)} clips were skipped ({self.count} times): {shown}{more}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """How a window of `num_frames` is drawn from a clip.
+
+    strides, stride_weights: distances between frames in native intervals and how often each is drawn, among those the
+        clip is long enough for. anchor_rate: share of windows whose frame 0 is replaced by an anchor, a frame
+        `anchor_range` intervals before the window; clips without such a frame get none.
+    """
+
+    num_frames: int
+    strides: tuple[int, ...] = (1,)
+    stride_weights: tuple[float, ...] = (1.0,)
+    anchor_rate: float = 0.0
+    anchor_range: tuple[int, int] = (8, 64)
+
+    def __post_init__(self):
+        if self.num_frames < 1 or not self.strides or min(self.strides) < 1:
+            raise ValueError(f"windows need num_frames >= 1 and strides >= 1, got {self.num_frames}, {self.strides}")
+        if (
+            len(self.strides) != len(self.stride_weights)
+            or min(self.stride_weights) < 0
+            or not sum(self.stride_weights)
+        ):
+            raise ValueError(f"stride_weights {self.stride_weights} must be one weight >= 0 for each of {self.strides}")
+
+    @property
+    def shortest(self) -> int:
+        """Frames a clip needs at least."""
+        used = [s for s, w in zip(self.strides, self.stride_weights) if w]
+        return (self.num_frames - 1) * min(used) + 1
+
+    def draw(self, available: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, bool]:
+        """Frame numbers i64 [f], time stamps f32 [f] and the anchor flag, for a clip of `available` frames."""
+        fits = [(self.num_frames - 1) * s < available for s in self.strides]
+        weights = np.where(fits, self.stride_weights, 0.0)
+        if not weights.sum():
+            raise ValueError(f"a window needs {self.shortest} frames, the clip has {available}; use fewer frames")
+        stride = int(rng.choice(self.strides, p=weights / weights.sum()))
+        times = stride * np.arange(self.num_frames)
+        start = int(rng.integers(available - times[-1]))
+        anchor = bool(rng.random() < self.anchor_rate) and self.num_frames > 1 and start >= self.anchor_range[0]
+        if anchor:
+            times[0] = -rng.integers(self.anchor_range[0], min(self.anchor_range[1], start) + 1)
+        return start + times, times.astype(np.float32), anchor
+
+
+@dataclasses.dataclass(frozen=True)
+class _ClipFile:
+    path: Path
+    name: str
+    num_frames: int
+    captions: tuple[str, ...]
+
+
+class FolderSource:
+    """Clips of a folder and its subfolders: video files, animated images and folders of numbered frames.
+
+    Captions come from `NAME.txt` beside `NAME.mp4` (each line is an alternative), else from `captions.jsonl`, else
+    from `captions.csv` at the top of the folder (columns or keys `file` and `caption`; several rows are alternatives),
+    else they are "". With `num_frames` 1 every image is a clip of its own (but not inside a folder with clip.json).
+
+    split, holdout: a subfolder named like the split is taken whole. Otherwise "train" leaves out the share `holdout` of
+        clips, "heldout" is that share, "all" is everything; a clip's name decides, so adding clips moves none across.
+    fps: resample every clip to this rate before drawing windows; None keeps each file's own.
+    Clips that cannot be opened or are too short are left out and listed in `skipped`.
+    Raises FileNotFoundError for a missing folder and ValueError, saying why, if no clip is left.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        windows: Windows,
+        size: int | tuple[int, int] | None,
+        split: str = "all",
+        holdout: float = 0.0,
+        fps: float | None = None,
+        limits: Limits | None = None,
+    ):
+        self.folder, self.windows, self.size, self.fps, self.split = Path(folder), windows, size, fps, split
+        self.limits, self.skipped = limits or Limits(), SkipReport()
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"{folder} is not a folder; give a folder of clips")
+        if split != "all" and (self.folder / split).is_dir():
+            self.folder, split = self.folder / split, "all"
+        paths = sorted(_find_clips(self.folder, single_images=windows.num_frames == 1))
+        names = {path: path.relative_to(self.folder).as_posix() for path in paths}
+        chosen = [path for path in paths if in_split(names[path], split, holdout)]
+        table = _read_captions(self.folder, set(names.values()))
+        self._clips = [c for path in chosen if (c := self._open(path, names[path], table)) is not None]
+        if not self._clips:
+            raise ValueError(self._why_none(len(paths), len(chosen), split, holdout))
+
+    def _open(self, path: Path, name: str, table: dict[str, tuple[str, ...]]) -> _ClipFile | None:
+        try:
+            info = probe(path, self.limits)
+        except VideoError as error:
+            self.skipped.add(name, str(error))
+            return None
+        num_frames = int(info.duration_s * self.fps + 1e-6) if self.fps else info.num_frames
+        if num_frames < self.windows.shortest:
+            self.skipped.add(name, f"{num_frames} frames, {self.windows.shortest} needed")
+            return None
+        return _ClipFile(path, name, num_frames, _captions_of(path, name, table))
+
+    def _why_none(self, found: int, chosen: int, split: str, holdout: float) -> str:
+        if not found:
+            return (
+                f"{self.folder} holds no clips (looked for {' '.join(VIDEO_SUFFIXES)} and folders of images); add some"
+            )
+        if not chosen:
+            return f"split {split!r} with holdout {holdout} holds none of the {found} clips of {self.folder}; change it"
+        return f"none of the {chosen} clips of {self.folder} is usable; {self.skipped}"
+
+    def __len__(self) -> int:
+        return len(self._clips)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.read(index, np.random.default_rng([index]))
+
+    def name(self, index: int) -> str:
+        return self._clips[index].name
+
+    def captions(self) -> list[str]:
+        """All captions of all clips, for fitting a tokenizer."""
+        return [caption for clip in self._clips for caption in clip.captions]
+
+    def read(self, index: int, rng: np.random.Generator) -> Record:
+        """One random window. Raises VideoError when the file turns out to be unreadable."""
+        clip = self._clips[index]
+        numbers, times, anchor = self.windows.draw(clip.num_frames, rng)
+        caption = clip.captions[int(rng.integers(len(clip.captions)))]
+        first = 1 if anchor else 0
+        start, count = int(numbers[first]), len(numbers) - first
+        stride = int(numbers[-1] - numbers[-2]) if count > 1 else 1
+        window = self._read(clip, count, start, stride)
+        frames = window.frames
+        if anchor:
+            frames = np.concatenate([self._read(clip, 1, int(numbers[0]), 1).frames, frames])
+        return {
+            "frames": frames,
+            "times": times,
+            "anchor": anchor,
+            "fps": window.fps * stride,
+            "caption": caption,
+            "name": clip.name,
+        }
+
+    def read_whole(self, index: int) -> Record:
+        """Every frame of a clip: `frames`, `fps`, `name` and `captions`, the tuple of all alternatives."""
+        clip = self._clips[index]
+        whole = self._read(clip, None, 0, 1)
+        return {"frames": whole.frames, "fps": whole.fps, "name": clip.name, "captions": clip.captions}
+
+    def _read(self, clip: _ClipFile, count: int | None, start: int, stride: int) -> Any:
+        return read_video(clip.path, self.size, count, start, stride, self.fps, self.limits)
+
+
+class SyntheticSource:
+    """Clips made of arithmetic, no decoding: for benchmarks and tests.
+
+    kind: "gradient" (a moving colour gradient, its direction told by the caption) or "noise".
+    """
+
+    def __init__(self, length: int, windows: Windows, size: int | tuple[int, int] = 32, kind: str = "gradient"):
+        if length < 1:
+            raise ValueError(f"a source needs at least one clip, got length {length}")
+        if kind not in ("gradient", "noise"):
+            raise ValueError(f'kind must be "gradient" or "noise", got {kind!r}')
+        self.length, self.windows, self.kind = length, windows, kind
+        self.size = (size, size) if isinstance(size, int) else size
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Record:
+        return self.read(index, np.random.default_rng([index]))
+
+    def captions(self) -> list[str]:
+        return [f"a gradient moving {direction}" for direction in _DIRECTIONS]
+
+    def read(self, index: int, rng: np.random.Generator) -> Record:
+        if not 0 <= index < self.length:
+            raise IndexError(f"clip {index} of {self.length}")
+        numbers, times, anchor = self.windows.draw(4 * self.windows.shortest, rng)
+        direction = index % len(_DIRECTIONS)
+        if self.kind == "noise":
+            frames = rng.integers(0, 256, (len(numbers), *self.size, 3), np.uint8)
+        else:
+            y, x = np.mgrid[0 : self.size[0], 0 : self.size[1]]
+            shift = numbers[:, None, None]
+            along = [x - shift, x + shift, y - shift, y + shift][direction]
+            frames = np.stack([(along * 4 + 37 * index + channel * 85) % 256 for channel in range(3)], -1).astype(
+                np.uint8
+            )
+        return {
+            "frames": frames,
+            "times": times,
+            "anchor": anchor,
+            "fps": 8.0,
+            "caption": self.captions()[direction],
+            "name": f"synthetic {index}",
+        }
+
+
+def make_source(data: Any, split: str = "train", digest: str | None = None) -> Source:
+    """The source a data configuration asks for.
+
+    data: has the fields `source` ("folder", "tfds" or "synthetic"), `folder`, `size`, `num_frames`, `native_fps`,
+        `strides`, `stride_weights`, `anchor_rate`, `video_key`, `captions_key` and `latent_cache` (a folder of encoded
+        clips to read instead, or ""); optional `holdout`, the share of clips kept out of "train" (default 0.1).
+    digest: the autoencoder in use; a latent cache of another one is refused.
+    """
+    from vdiff_jax.data.latent_cache import LatentCache
+    from vdiff_jax.data.tfds_source import TfdsSource
+
+    windows = Windows(data.num_frames, tuple(data.strides), tuple(data.stride_weights), data.anchor_rate)
+    holdout = getattr(data, "holdout", 0.1)
+    if data.latent_cache:
+        return LatentCache(data.latent_cache, windows, digest, split, holdout)
+    if data.source == "folder":
+        return FolderSource(data.folder, windows, data.size, split, holdout, data.native_fps)
+    if data.source == "tfds":
+        keys = {"frames_key": data.video_key or None, "caption_key": data.captions_key or None}
+        return TfdsSource(windows, data.folder, split=split, size=data.size, fps=data.native_fps, **keys)
+    if data.source == "synthetic":
+        return SyntheticSource(256, windows, data.size)
+    raise ValueError(f'unknown source {data.source!r}; use "folder", "tfds" or "synthetic"')
+
+
+def in_split(name: str, split: str, holdout: float) -> bool:
+    """Whether a clip belongs to the split: a hash of its name, uniform in [0, 1), is compared with `holdout`."""
+    if split not in SPLITS or not 0.0 <= holdout <= 1.0:
+        raise ValueError(f"split must be one of {SPLITS} and holdout within 0..1, got {split!r} and {holdout}")
+    place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    return split == "all" or (place < holdout) == (split == "heldout")
+
+
+# ---- files and captions -----------------------------------------------------------------------------------------
+
+
+def _find_clips(folder: Path, single_images: bool) -> Iterator[Path]:
+    """Video files, animated images, and folders that hold images but no videos."""
+    entries = [p for p in folder.iterdir() if not p.name.startswith(".")]
+    videos = [p for p in entries if p.is_file() and p.suffix.lower() in (*VIDEO_SUFFIXES, ".gif", ".webp", ".apng")]
+    stills = [p for p in entries if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES and p not in videos]
+    yield from videos
+    if (stills and not videos and not single_images) or (folder / CLIP_JSON).is_file():
+        yield folder
+    elif single_images:
+        yield from stills
+    for entry in entries:
+        if entry.is_dir():
+            yield from _find_clips(entry, single_images)
+
+
+def _captions_of(path: Path, name: str, table: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+    beside = path.parent / (path.name + ".txt") if path.is_dir() else path.with_suffix(".txt")
+    if beside.is_file():
+        lines = tuple(line.strip() for line in beside.read_text(encoding="utf-8").splitlines() if line.strip())
+        return lines or ("",)
+    return table.get(name, ("",))
+
+
+def _read_captions(folder: Path, names: set[str]) -> dict[str, tuple[str, ...]]:
+    """captions.jsonl or captions.csv -> captions by clip name; rows may name a clip without its suffix."""
+    path = next((p for p in (folder / "captions.jsonl", folder / "captions.csv") if p.is_file()), None)
+    if path is None:
+        return {}
+    by_stem = {str(Path(name).with_suffix("").as_posix()): name for name in names}
+    table: dict[str, tuple[str, ...]] = {}
+    unmatched = []
+    for number, row in _rows(path):
+        file, caption = row.get("file"), row.get("caption")
+        if not isinstance(file, str) or not isinstance(caption, str):
+            raise ValueError(f'{path}, line {number}: each row needs "file" and "caption" text, got {row}')
+        name = file if file in names else by_stem.get(file)
+        if name is None:
+            unmatched.append(file)
+        else:
+            table[name] = (*table.get(name, ()), caption.strip())
+    if unmatched:
+        warnings.warn(
+            f"{path} has captions for {len(unmatched)} clips that are not there: {unmatched[:3]}", stacklevel=2
+        )
+    return table
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        if path.suffix == ".csv":
+            reader = csv.DictReader(file)
+            if not {"file", "caption"} <= set(reader.fieldnames or ()):
+                raise ValueError(
+                    f'{path} needs the columns "file" and "caption", its first line is {reader.fieldnames}'
+                )
+            for row in reader:
+                yield reader.line_num, row
+            return
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {number} is not JSON ({error}); fix or remove it") from error
+                yield number, row if isinstance(row, dict) else {}

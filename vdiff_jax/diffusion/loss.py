@@ -1,0 +1,142 @@
+"""The training loss: a weighted error of the noise estimate on the tokens that are not known.
+
+    loss = mean over unknown tokens of  w(logsnr) |eps_hat - eps|^2
+
+All weightings are one function of the level on this scale (Kingma & Gao 2023), whatever the network predicts:
+
+    eps      1                          x0       e^-logsnr
+    v        1 + e^-logsnr              flow     (alpha + sigma)^2 / alpha^2
+    min_snr  min(1, gamma e^-logsnr)    sigmoid  sigmoid(bias - logsnr)
+
+The noise error follows from the network's own error without a division by a vanishing alpha:
+
+    |d eps|^2 = e^logsnr |d x0|^2 = alpha^2 |d v|^2 = alpha^2 / (alpha + sigma)^2 |d velocity|^2
+
+Weight and factor are joined in the log domain, so their product is right where each alone would over- or underflow.
+Runs with different kinds and weightings are compared by the unweighted error, reported beside the loss.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vdiff_jax.diffusion.prediction import KINDS, target
+from vdiff_jax.diffusion.process import EXTREME_LOGSNR, alpha_sigma
+from vdiff_jax.types import Array
+
+WEIGHTINGS = ("eps", "x0", "v", "flow", "min_snr", "sigmoid")
+
+
+def _finite(logsnr: Array) -> Array:
+    return jnp.clip(logsnr, -EXTREME_LOGSNR, EXTREME_LOGSNR)
+
+
+def log_weight(name: str, logsnr: Array, *, bias: float = 2.0, gamma: float = 5.0) -> Array:
+    """Logarithm of `weight`; finite for every level, infinite ones included."""
+    logsnr = _finite(logsnr)
+    if name == "eps":
+        return jnp.zeros_like(logsnr)
+    if name == "x0":
+        return -logsnr
+    if name == "v":
+        return -jax.nn.log_sigmoid(logsnr)
+    if name == "flow":
+        alpha, sigma = alpha_sigma(logsnr)
+        return 2 * jnp.log(alpha + sigma) - jax.nn.log_sigmoid(logsnr)
+    if name == "min_snr":
+        return jnp.minimum(0.0, float(np.log(gamma)) - logsnr)
+    if name == "sigmoid":
+        return jax.nn.log_sigmoid(bias - logsnr)
+    raise ValueError(f"loss weighting {name!r} is unknown; use one of {', '.join(WEIGHTINGS)}.")
+
+
+def weight(name: str, logsnr: Array, *, bias: float = 2.0, gamma: float = 5.0) -> Array:
+    """Loss weight on the scale of the noise error.
+
+    Args:
+        name: "eps", "x0", "v", "flow", "min_snr" (Hang et al. 2023) or "sigmoid" (Kingma & Gao 2023).
+        logsnr: any shape.
+        bias: of "sigmoid"; min-SNR-gamma is its hard version with bias = log(gamma).
+        gamma: of "min_snr".
+    Raises:
+        ValueError: unknown name.
+    """
+    return jnp.exp(log_weight(name, logsnr, bias=bias, gamma=gamma))
+
+
+def log_eps_factor(kind: str, logsnr: Array) -> Array:
+    """Logarithm of the factor that turns a kind's squared error into that of the noise estimate."""
+    logsnr = _finite(logsnr)
+    if kind == "eps":
+        return jnp.zeros_like(logsnr)
+    if kind == "x0":
+        return logsnr
+    if kind == "v":
+        return jax.nn.log_sigmoid(logsnr)
+    if kind == "velocity":
+        alpha, sigma = alpha_sigma(logsnr)
+        return jax.nn.log_sigmoid(logsnr) - 2 * jnp.log(alpha + sigma)
+    raise ValueError(f"prediction kind {kind!r} is unknown; use one of {', '.join(KINDS)}.")
+
+
+def diffusion_loss(
+    prediction: Array,
+    kind: str,
+    x: Array,
+    eps: Array,
+    z: Array,
+    logsnr: Array,
+    known_mask: Array,
+    *,
+    weighting: str = "sigmoid",
+    bias: float = 2.0,
+    gamma: float = 5.0,
+) -> tuple[Array, Array]:
+    """Loss of every sample, and its unweighted noise error for the record.
+
+    Args:
+        prediction: `[b f h w c]` network output of prediction kind `kind`.
+        x, eps, z: `[b f h w c]` clean latents, the noise that was added, and `z = alpha x + sigma eps`.
+        logsnr: `[b f]` or `[b f h w 1]`, level of the unknown tokens (values at known tokens do not matter).
+        known_mask: `[b f h w 1]`, 1 = known; known tokens take no part. At least one must be unknown.
+    Raises:
+        ValueError: the network changed the shape of its input.
+    Returns:
+        loss `[b]`, eps_loss `[b]`: means over unknown tokens and channels, fp32.
+    """
+    if prediction.shape != z.shape:
+        raise ValueError(f"prediction has shape {prediction.shape} but z has {z.shape}; a network keeps the shape.")
+    error = (prediction - target(kind, x, eps, logsnr)).astype(jnp.float32)
+    squared = jnp.mean(jnp.square(error), axis=-1, keepdims=True)
+    logsnr = jnp.broadcast_to(logsnr.reshape(logsnr.shape + (1,) * (squared.ndim - logsnr.ndim)), squared.shape)
+    factor = log_eps_factor(kind, logsnr)
+    weighted = jnp.exp(factor + log_weight(weighting, logsnr, bias=bias, gamma=gamma)) * squared
+    unknown = known_mask < 0.5
+    return _mean_where(weighted, unknown), _mean_where(jnp.exp(factor) * squared, unknown)
+
+
+def _mean_where(values: Array, where: Array) -> Array:
+    axes = tuple(range(1, values.ndim))
+    return jnp.sum(jnp.where(where, values, 0.0), axes) / jnp.maximum(jnp.sum(where, axes), 1)
+
+
+def stratified_u(key: Array, batch: int) -> Array:
+    """`batch` values in [0, 1), each uniform, together evenly spread: `(u_0 + i / b) mod 1` (Kingma et al. 2021)."""
+    return jnp.mod(jax.random.uniform(key) + jnp.arange(batch) / batch, 1.0)
+
+
+def loss_by_bin(logsnr: Array, eps_loss: Array, edges: Array) -> tuple[Array, Array]:
+    """Sums losses by level, so that runs with different training levels can be compared.
+
+    Args:
+        logsnr, eps_loss: equal shapes, for example `[b]` or `[b f]`.
+        edges: `[n + 1]` increasing bin edges; levels outside fall in the first or last bin.
+    Returns:
+        sum `[n]`, count `[n]` f32: add them over steps, then divide.
+    """
+    bins = edges.shape[0] - 1
+    index = jnp.clip(jnp.searchsorted(edges, logsnr.ravel(), side="right") - 1, 0, bins - 1)
+    member = jax.nn.one_hot(index, bins, dtype=jnp.float32)
+    return jnp.sum(member * eps_loss.ravel()[:, None], axis=0), jnp.sum(member, axis=0)

@@ -1,0 +1,199 @@
+"""`VideoAutoencoder`: the KL autoencoder of latent diffusion (Rombach et al. 2022), frame by frame.
+
+Three representations, and one place where each arrow lives:
+
+    video [-1, 1]  --encode_moments-->  raw moments (mean, log-variance)  --latents_from_moments-->  final latents
+    final latents  --decode-->  video
+
+Raw is what the network emits and what a latent cache stores; final has zero mean and unit variance per channel
+(`latent_mean`, `latent_std` of the config, measured on the training set after training).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vdiff_jax.models.attention import Attention
+from vdiff_jax.models.blocks import ResBlock
+from vdiff_jax.models.layers import Dense, Downsample, FrameConv, GroupNorm, Upsample
+from vdiff_jax.types import Array, Latents, Video
+
+LOGVAR_RANGE = (-30.0, 20.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig:
+    """Shape of a `VideoAutoencoder`.
+
+    channels: width per level, pixels first; each further level halves height and width, so the
+        downsampling factor is `2 ** (len(channels) - 1)`.
+    latent_mean, latent_std: per-channel statistics of the raw latents, empty = 0 and 1 (not measured yet).
+    """
+
+    channels: tuple[int, ...] = (32, 64, 64)
+    layers_per_block: int = 1
+    latent_channels: int = 4
+    norm_groups: int = 8
+    mid_attention: bool = True
+    dtype: str = "float32"
+    latent_mean: tuple[float, ...] = ()
+    latent_std: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        for name in ("latent_mean", "latent_std"):
+            length = len(getattr(self, name))
+            if length not in (0, self.latent_channels):
+                raise ValueError(f"autoencoder.{name} has {length} values for {self.latent_channels} latent channels")
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent cell on each side."""
+        return 2 ** (len(self.channels) - 1)
+
+
+class MidBlock(nnx.Module):
+    """Residual block, single-head attention over the pixels of each frame, residual block."""
+
+    def __init__(self, features: int, *, attention: bool, norm_groups: int, dtype):
+        norm = dict(norm_groups=norm_groups, epsilon=1e-6, dtype=dtype)
+        self.resnets = nnx.List([ResBlock(features, features, **norm) for _ in range(2)])
+        self.norm = GroupNorm(features, groups=norm_groups, scope="frame", epsilon=1e-6) if attention else None
+        self.attention = Attention(features, head_dim=features, use_bias=True, dtype=dtype) if attention else None
+
+    def __call__(self, x: Array) -> Array:
+        x = self.resnets[0](x)
+        if self.attention is not None and self.norm is not None:
+            batch, num_frames, height, width, features = x.shape
+            tokens = self.norm(x).reshape(batch * num_frames, height * width, features)
+            x = x + self.attention(tokens).reshape(x.shape)
+        return self.resnets[1](x)
+
+
+class Encoder(nnx.Module):
+    """`[b f h w 3] -> [b f h/k w/k 2c]`."""
+
+    def __init__(self, config: AutoencoderConfig):
+        dtype = jnp.dtype(config.dtype)
+        norm = dict(norm_groups=config.norm_groups, epsilon=1e-6, dtype=dtype)
+        width = config.channels[0]
+        self.conv_in = FrameConv(3, width, dtype=dtype)
+        resnets, downsamplers = [], []
+        for level, features in enumerate(config.channels):
+            for _ in range(config.layers_per_block):
+                resnets.append(ResBlock(width, features, **norm))
+                width = features
+            if level < len(config.channels) - 1:
+                downsamplers.append(Downsample(width, padding=(0, 1), dtype=dtype))
+        self.resnets, self.downsamplers = nnx.List(resnets), nnx.List(downsamplers)
+        self.mid = MidBlock(width, attention=config.mid_attention, norm_groups=config.norm_groups, dtype=dtype)
+        self.norm_out = GroupNorm(width, groups=config.norm_groups, scope="frame", epsilon=1e-6, dtype=dtype)
+        self.conv_out = FrameConv(width, 2 * config.latent_channels, dtype=dtype)
+        self.layers_per_block = config.layers_per_block
+
+    def __call__(self, video: Video) -> Array:
+        x = self.conv_in(video)
+        for index, resnet in enumerate(self.resnets):
+            x = resnet(x)
+            level, layer = divmod(index, self.layers_per_block)
+            if layer == self.layers_per_block - 1 and level < len(self.downsamplers):
+                x = self.downsamplers[level](x)
+        return self.conv_out(jax.nn.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nnx.Module):
+    """`[b f h w c] -> [b f h*k w*k 3]`, one residual block more per level than the encoder."""
+
+    def __init__(self, config: AutoencoderConfig):
+        dtype = jnp.dtype(config.dtype)
+        norm = dict(norm_groups=config.norm_groups, epsilon=1e-6, dtype=dtype)
+        width = config.channels[-1]
+        self.conv_in = FrameConv(config.latent_channels, width, dtype=dtype)
+        self.mid = MidBlock(width, attention=config.mid_attention, norm_groups=config.norm_groups, dtype=dtype)
+        resnets, upsamplers = [], []
+        for level, features in enumerate(reversed(config.channels)):
+            for _ in range(config.layers_per_block + 1):
+                resnets.append(ResBlock(width, features, **norm))
+                width = features
+            if level < len(config.channels) - 1:
+                upsamplers.append(Upsample(width, dtype=dtype))
+        self.resnets, self.upsamplers = nnx.List(resnets), nnx.List(upsamplers)
+        self.norm_out = GroupNorm(width, groups=config.norm_groups, scope="frame", epsilon=1e-6, dtype=dtype)
+        self.conv_out = FrameConv(width, 3, dtype=dtype)
+        self.layers_per_block = config.layers_per_block + 1
+
+    def __call__(self, raw_latents: Array) -> Video:
+        x = self.mid(self.conv_in(raw_latents))
+        for index, resnet in enumerate(self.resnets):
+            x = resnet(x)
+            level, layer = divmod(index, self.layers_per_block)
+            if layer == self.layers_per_block - 1 and level < len(self.upsamplers):
+                x = self.upsamplers[level](x)
+        return self.conv_out(jax.nn.silu(self.norm_out(x))).astype(jnp.float32)
+
+
+class VideoAutoencoder(nnx.Module):
+    """See the module docstring. Every frame is coded by itself, so any number of frames works."""
+
+    def __init__(self, config: AutoencoderConfig):
+        self.config = config
+        dtype = jnp.dtype(config.dtype)
+        self.encoder = Encoder(config)
+        self.quant_conv = Dense(2 * config.latent_channels, 2 * config.latent_channels, dtype=dtype)
+        self.post_quant_conv = Dense(config.latent_channels, config.latent_channels, dtype=dtype)
+        self.decoder = Decoder(config)
+
+    def encode_moments(self, video: Video) -> Array:
+        """`video [b f h w 3]` in [-1, 1] -> raw moments `[b f h/k w/k 2c]` f32: mean, then clamped log-variance.
+
+        Raises ValueError if height or width is not a multiple of the downsampling factor.
+        """
+        factor = self.config.factor
+        if video.shape[2] % factor or video.shape[3] % factor:
+            raise ValueError(
+                f"video is {video.shape[2]}x{video.shape[3]}, but this autoencoder needs multiples of {factor}: "
+                "resize or crop it first"
+            )
+        moments = self.quant_conv(self.encoder(video)).astype(jnp.float32)
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        return jnp.concatenate([mean, jnp.clip(logvar, *LOGVAR_RANGE)], axis=-1)
+
+    def encode(self, video: Video, noise: Array | None = None) -> Latents:
+        """`video [b f h w 3]` -> final latents; the posterior mean, or a sample with unit `noise`."""
+        return latents_from_moments(self.encode_moments(video), self.config, noise)
+
+    def decode(self, latents: Latents) -> Video:
+        """Final latents `[b f h w c]` -> video `[b f h*k w*k 3]`, nominally in [-1, 1] (not clipped)."""
+        return self.decode_raw(raw_from_final(latents, self.config))
+
+    def decode_raw(self, raw_latents: Array) -> Video:
+        return self.decoder(self.post_quant_conv(raw_latents))
+
+
+def sample_moments(moments: Array, noise: Array | None = None) -> Array:
+    """Raw latents from raw moments `[... 2c]`: the mean, or `mean + exp(logvar / 2) * noise`."""
+    mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+    return mean if noise is None else mean + jnp.exp(0.5 * logvar) * noise
+
+
+def latents_from_moments(moments: Array, config: AutoencoderConfig, noise: Array | None = None) -> Latents:
+    """Final latents `[... c]` from raw moments `[... 2c]`: posterior mean, or a sample with unit `noise`."""
+    raw = sample_moments(moments, noise)
+    mean, std = _statistics(config, raw.ndim)
+    return (raw - mean) / std
+
+
+def raw_from_final(latents: Latents, config: AutoencoderConfig) -> Array:
+    """Undo the per-channel standardisation."""
+    mean, std = _statistics(config, latents.ndim)
+    return latents * std + mean
+
+
+def _statistics(config: AutoencoderConfig, ndim: int) -> tuple[Array, Array]:
+    shape = (1,) * (ndim - 1) + (-1,)
+    mean = config.latent_mean or (0.0,) * config.latent_channels
+    std = config.latent_std or (1.0,) * config.latent_channels
+    return jnp.asarray(mean, jnp.float32).reshape(shape), jnp.asarray(std, jnp.float32).reshape(shape)

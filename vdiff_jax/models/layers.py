@@ -1,0 +1,196 @@
+"""Layers on `[b f h w c]` arrays: dense, convolutions, norms, embeddings.
+
+Each costly operation has one function here, so its lowering is chosen in one place. The forms below are the
+fastest measured for XLA:CPU and at least as good elsewhere: 1 x 1 convolutions and dense layers are 2-D matmuls,
+1 x 3 x 3 convolutions fold frames into the batch, 3 x 1 x 1 convolutions are three shifted matmuls, and group norm
+is one statistics pass and one multiply-add. Parameters and norm statistics are fp32; matmuls run in `dtype`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vdiff_jax.models.functional import parameter
+from vdiff_jax.types import Array
+
+Scope = Literal["frame", "video"]
+
+
+class Dense(nnx.Module):
+    """`y = x W + b` on the last axis, `[... in] -> [... out]`; kernel `[in out]`.
+
+    init_scale: standard deviation of the kernel in units of 1/sqrt(in); 0 gives a zero-initialised layer.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, use_bias=True, init_scale=1.0, dtype=jnp.float32):
+        self.kernel = parameter((in_features, out_features), std=init_scale / math.sqrt(in_features))
+        self.bias = parameter((out_features,)) if use_bias else None
+        self.dtype = dtype
+
+    def __call__(self, x: Array) -> Array:
+        kernel = self.kernel[...].astype(self.dtype)
+        y = x.reshape(-1, kernel.shape[0]).astype(self.dtype) @ kernel
+        if self.bias is not None:
+            y = y + self.bias[...].astype(self.dtype)[None]
+        return y.reshape(*x.shape[:-1], kernel.shape[1])
+
+
+class FrameConv(nnx.Module):
+    """2-D convolution of every frame, `[b f h w in] -> [b f h' w' out]`; kernel `[k k in out]`.
+
+    padding: (before, after) on both space axes; None keeps the size at stride 1.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        kernel_size: int = 3,
+        stride: int = 1,
+        padding: tuple[int, int] | None = None,
+        init_scale: float = 1.0,
+        dtype=jnp.float32,
+    ):
+        fan_in = in_features * kernel_size**2
+        self.kernel = parameter(
+            (kernel_size, kernel_size, in_features, out_features), std=init_scale / math.sqrt(fan_in)
+        )
+        self.bias = parameter((out_features,))
+        self.stride = stride
+        self.padding = padding if padding is not None else (kernel_size // 2, kernel_size // 2)
+        self.dtype = dtype
+
+    def __call__(self, x: Array) -> Array:
+        batch, num_frames, *size = x.shape
+        y = jax.lax.conv_general_dilated(
+            x.reshape(batch * num_frames, *size).astype(self.dtype),
+            self.kernel[...].astype(self.dtype),
+            window_strides=(self.stride, self.stride),
+            padding=(self.padding, self.padding),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        y = y + self.bias[...].astype(self.dtype)[None, None, None]
+        return y.reshape(batch, num_frames, *y.shape[1:])
+
+
+class TemporalConv(nnx.Module):
+    """3 x 1 x 1 convolution over frames, `[b f h w in] -> [b f h w out]`, zero padded; kernel `[3 in out]`."""
+
+    def __init__(self, in_features: int, out_features: int, *, init_scale: float = 1.0, dtype=jnp.float32):
+        self.kernel = parameter((3, in_features, out_features), std=init_scale / math.sqrt(3 * in_features))
+        self.bias = parameter((out_features,))
+        self.dtype = dtype
+
+    def __call__(self, x: Array) -> Array:
+        kernel = self.kernel[...].astype(self.dtype)
+        num_frames = x.shape[1]
+        padded = jnp.pad(x.astype(self.dtype), ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
+        y = jnp.zeros((), self.dtype)
+        for tap in range(3):  # shifted dots: XLA:CPU runs them several times faster than a 3-D convolution
+            shifted = jax.lax.slice_in_dim(padded, tap, tap + num_frames, axis=1)
+            y = y + (shifted.reshape(-1, kernel.shape[1]) @ kernel[tap])
+        y = y + self.bias[...].astype(self.dtype)[None]
+        return y.reshape(*x.shape[:-1], kernel.shape[2])
+
+
+class GroupNorm(nnx.Module):
+    """Group normalisation with a named scope (Wu & He 2018), in fp32, optionally modulated (FiLM).
+
+    scope "frame" (`frame_norm`): statistics over h, w and the channels of a group, each frame by itself, as in an
+    image model. scope "video" (`video_norm`): jointly over frames too. `x [b f h w c]`; `scale, shift [b f c]`
+    modulate the output as `(1 + scale) * y + shift`.
+    """
+
+    def __init__(self, features: int, *, groups: int, scope: Scope, epsilon: float, dtype=jnp.float32):
+        if features % groups:
+            raise ValueError(f"norm_groups={groups} does not divide {features} channels: choose a divisor")
+        self.scale = parameter((features,), fill=1.0)
+        self.bias = parameter((features,))
+        self.groups, self.scope, self.epsilon, self.dtype = groups, scope, epsilon, dtype
+
+    def __call__(self, x: Array, scale: Array | None = None, shift: Array | None = None) -> Array:
+        axes = (2, 3) if self.scope == "frame" else (1, 2, 3)
+        x32 = x.astype(jnp.float32)
+        # Per channel first, then over the channels of a group: the big reduction stays contiguous.
+        mean = self._over_group(jnp.mean(x32, axes, keepdims=True))
+        square = self._over_group(jnp.mean(jnp.square(x32), axes, keepdims=True))
+        gain = jax.lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0.0) + self.epsilon) * self._per_channel(self.scale)
+        offset = self._per_channel(self.bias) - mean * gain
+        if scale is not None and shift is not None:
+            modulation = 1.0 + scale.astype(jnp.float32)[:, :, None, None, :]
+            gain, offset = gain * modulation, offset * modulation + shift.astype(jnp.float32)[:, :, None, None, :]
+        return (x32 * gain + offset).astype(self.dtype)
+
+    def _over_group(self, statistic: Array) -> Array:
+        grouped = statistic.reshape(*statistic.shape[:-1], self.groups, -1)
+        return jnp.broadcast_to(grouped.mean(-1, keepdims=True), grouped.shape).reshape(statistic.shape)
+
+    @staticmethod
+    def _per_channel(value: nnx.Param) -> Array:
+        return value[...][None, None, None, None]
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the last axis, statistics in fp32."""
+
+    def __init__(self, features: int, *, epsilon: float = 1e-5, dtype=jnp.float32):
+        self.scale = parameter((features,), fill=1.0)
+        self.bias = parameter((features,))
+        self.epsilon, self.dtype = epsilon, dtype
+
+    def __call__(self, x: Array) -> Array:
+        x32 = x.astype(jnp.float32)
+        mean = x32.mean(-1, keepdims=True)
+        variance = jnp.square(x32 - mean).mean(-1, keepdims=True)
+        shape = (1,) * (x.ndim - 1) + (-1,)
+        normed = (x32 - mean) * jax.lax.rsqrt(variance + self.epsilon)
+        return (normed * self.scale[...].reshape(shape) + self.bias[...].reshape(shape)).astype(self.dtype)
+
+
+class Downsample(nnx.Module):
+    """Halve height and width by a stride-2 3 x 3 convolution.
+
+    padding: (1, 1) in UNets; (0, 1) in the Stable Diffusion autoencoder's encoder.
+    """
+
+    def __init__(self, features: int, *, padding: tuple[int, int] = (1, 1), dtype=jnp.float32):
+        self.conv = FrameConv(features, features, stride=2, padding=padding, dtype=dtype)
+
+    def __call__(self, x: Array) -> Array:
+        return self.conv(x)
+
+
+class Upsample(nnx.Module):
+    """Double height and width: nearest neighbour, then a 3 x 3 convolution to `out_features` (default: unchanged)."""
+
+    def __init__(self, features: int, out_features: int | None = None, *, dtype=jnp.float32):
+        self.conv = FrameConv(features, out_features or features, dtype=dtype)
+
+    def __call__(self, x: Array) -> Array:
+        return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3))
+
+
+def sinusoidal_embedding(position: Array, features: int, *, max_period: float = 10_000.0) -> Array:
+    """`[...] -> [... features]`, cosines then sines of geometric frequencies 1 .. 1/max_period (Vaswani et al. 2017)."""
+    half = features // 2
+    frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = position.astype(jnp.float32)[..., None] * frequencies.reshape((1,) * position.ndim + (-1,))
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class Feedforward(nnx.Module):
+    """Transformer feed-forward, `[... d] -> [... d]`: GEGLU with exact GELU (Shazeer 2020); output scale settable."""
+
+    def __init__(self, features: int, *, expansion: int = 4, init_scale: float = 1.0, dtype=jnp.float32):
+        self.proj_in = Dense(features, 2 * expansion * features, dtype=dtype)
+        self.proj_out = Dense(expansion * features, features, init_scale=init_scale, dtype=dtype)
+
+    def __call__(self, x: Array) -> Array:
+        hidden, gate = jnp.split(self.proj_in(x), 2, axis=-1)
+        return self.proj_out(hidden * jax.nn.gelu(gate, approximate=False))

@@ -1,0 +1,199 @@
+"""`VideoUNet`: the factorised space-time UNet whose noise level is per frame.
+
+Input channels are `concat(z, known_mask, known_mask * context_logsnr / 10)`; each frame has its own embedding made of
+its noise level, its time stamp, the gaps to its neighbours and the pooled prompt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vdiff_jax.models.blocks import ResBlock, SpaceTimeBlock
+from vdiff_jax.models.layers import Dense, Downsample, FrameConv, GroupNorm, Upsample, sinusoidal_embedding
+from vdiff_jax.types import Array, Conditioning, KnownMask, Latents, LogSNR
+
+Remat = Literal["none", "blocks", "dots"]
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """Shape of a `VideoUNet`.
+
+    latent_channels: channels of `z` and of the prediction.
+    channels: width of each level, full resolution first; each further level halves height and width.
+    attention: per level, whether its blocks carry spatial and temporal transformers.
+    text_features: width of the prompt tokens, None for an unconditional model.
+    dtype: compute type, "float32" or "bfloat16"; parameters and norms are fp32 always.
+    remat: "none", "blocks" (recompute each block in the backward pass) or "dots" (as blocks, but keep matmuls).
+    """
+
+    latent_channels: int = 4
+    channels: tuple[int, ...] = (64, 128)
+    blocks_per_level: int = 1
+    attention: tuple[bool, ...] = (True, True)
+    text_features: int | None = 64
+    embedding_features: int = 256
+    head_dim: int = 32
+    norm_groups: int = 8
+    dtype: str = "float32"
+    remat: Remat = "none"
+    attention_implementation: str = "auto"
+
+    def __post_init__(self):
+        if len(self.attention) != len(self.channels):
+            raise ValueError(
+                f"unet.attention has {len(self.attention)} entries for {len(self.channels)} levels in unet.channels: "
+                "give one True or False per level"
+            )
+        if self.remat not in ("none", "blocks", "dots"):
+            raise ValueError(f"unet.remat={self.remat!r} is unknown: choose none, blocks or dots")
+
+    @classmethod
+    def native(cls, size: str = "1M", **overrides: Any) -> UNetConfig:
+        """Presets by approximate parameter count: "1M", "3M", "10M", "100M", "500M", "1B"."""
+        presets: dict[str, dict[str, Any]] = {
+            "1M": dict(channels=(32, 64), attention=(False, True), embedding_features=128),
+            "3M": dict(channels=(32, 96), attention=(False, True), embedding_features=192),
+            "10M": dict(channels=(64, 128, 160), attention=(False, True, True), embedding_features=256),
+            "100M": dict(channels=(128, 256, 384), attention=(True,) * 3, embedding_features=512),
+            "500M": dict(channels=(256, 512, 768, 768), attention=(True,) * 4, embedding_features=1024),
+            "1B": dict(channels=(320, 640, 1280, 1280), attention=(True, True, True, False), embedding_features=1280),
+        }
+        wide = dict(blocks_per_level=2, head_dim=64, norm_groups=32) if size in ("100M", "500M", "1B") else {}
+        if size not in presets:
+            raise ValueError(f"UNet size {size!r} is unknown: choose one of {', '.join(presets)}")
+        return cls(**{**presets[size], **wide, **overrides})
+
+
+class VideoUNet(nnx.Module):
+    """`prediction = unet(z, logsnr, known_mask, context_logsnr, cond)`, see `types.PredictFn`."""
+
+    def __init__(self, config: UNetConfig):
+        self.config = config
+        dtype = jnp.dtype(config.dtype)
+        block = dict(
+            embedding_features=config.embedding_features,
+            text_features=config.text_features,
+            head_dim=config.head_dim,
+            norm_groups=config.norm_groups,
+            implementation=config.attention_implementation,
+            dtype=dtype,
+        )
+        self.embedding = FrameEmbedding(config)
+        self.conv_in = FrameConv(config.latent_channels + 2, config.channels[0], dtype=dtype)
+
+        skips = [config.channels[0]]
+        width = config.channels[0]
+        down, downsamplers = [], []
+        for level, features in enumerate(config.channels):
+            for _ in range(config.blocks_per_level):
+                down.append(SpaceTimeBlock(width, features, attention=config.attention[level], **block))
+                width = features
+                skips.append(width)
+            if level < len(config.channels) - 1:
+                downsamplers.append(Downsample(width, dtype=dtype))
+                skips.append(width)
+        self.down, self.downsamplers = nnx.List(down), nnx.List(downsamplers)
+
+        self.mid = SpaceTimeBlock(width, width, attention=config.attention[-1], **block)
+        self.mid_out = ResBlock(
+            width, width, config.embedding_features, norm_groups=config.norm_groups, dtype=dtype
+        )  # fmt: skip
+
+        up, upsamplers = [], []
+        for level, features in reversed(list(enumerate(config.channels))):
+            for _ in range(config.blocks_per_level + 1):
+                up.append(SpaceTimeBlock(width + skips.pop(), features, attention=config.attention[level], **block))
+                width = features
+            if level > 0:  # narrow before the wide grid: the convolution there is the dearest of the level
+                upsamplers.append(Upsample(width, config.channels[level - 1], dtype=dtype))
+                width = config.channels[level - 1]
+        self.up, self.upsamplers = nnx.List(up), nnx.List(upsamplers)
+
+        self.norm_out = GroupNorm(width, groups=config.norm_groups, scope="frame", epsilon=1e-5, dtype=dtype)
+        self.conv_out = FrameConv(width, config.latent_channels, init_scale=0.0)
+
+    def __call__(
+        self, z: Latents, logsnr: LogSNR, known_mask: KnownMask, context_logsnr: LogSNR, cond: Conditioning
+    ) -> Latents:
+        config = self.config
+        block_size = 2 ** (len(config.channels) - 1)
+        if z.shape[2] % block_size or z.shape[3] % block_size:
+            raise ValueError(
+                f"latents are {z.shape[2]}x{z.shape[3]}, but {len(config.channels)} levels need multiples of {block_size}"
+            )
+        level = known_mask * context_logsnr[:, :, None, None, None] / 10.0
+        # A frame known in all its tokens is at its context level, whatever the level of the others.
+        whole = known_mask.min(axis=(2, 3, 4)) > 0.5
+        embedding = self.embedding(jnp.where(whole, context_logsnr, logsnr), cond)
+        x = self.conv_in(jnp.concatenate([z, known_mask, level], axis=-1))
+
+        skips = [x]
+        down, downsamplers = iter(self.down), iter(self.downsamplers)
+        for level_index in range(len(config.channels)):
+            for _ in range(config.blocks_per_level):
+                x = self._run(next(down), x, embedding, cond)
+                skips.append(x)
+            if level_index < len(config.channels) - 1:
+                x = next(downsamplers)(x)
+                skips.append(x)
+
+        x = self._run(self.mid, x, embedding, cond)
+        x = self.mid_out(x, embedding)
+
+        up, upsamplers = iter(self.up), iter(self.upsamplers)
+        for level_index in reversed(range(len(config.channels))):
+            for _ in range(config.blocks_per_level + 1):
+                x = self._run(next(up), jnp.concatenate([x, skips.pop()], axis=-1), embedding, cond)
+            if level_index > 0:
+                x = next(upsamplers)(x)
+        return self.conv_out(jax.nn.silu(self.norm_out(x))).astype(jnp.float32)
+
+    def _run(self, block: SpaceTimeBlock, x: Array, embedding: Array, cond: Conditioning) -> Array:
+        if self.config.remat == "none":
+            return block(x, embedding, cond)
+        policy = jax.checkpoint_policies.dots_saveable if self.config.remat == "dots" else None
+        return jax.checkpoint(lambda b, *args: b(*args), policy=policy)(block, x, embedding, cond)
+
+
+class FrameEmbedding(nnx.Module):
+    """`[b f e]`: noise level, time stamp, gaps to the neighbour frames, pooled prompt.
+
+    The level enters as `u = 2/pi atan(exp(-logsnr/2))` in [0, 1] (the angle of the VP process), times 1000. Time
+    enters relative to the mean of the window, so shifting a clip in time changes nothing.
+    """
+
+    def __init__(self, config: UNetConfig):
+        features, hidden = 64, config.embedding_features
+        self.level = Dense(features, hidden)
+        self.time = Dense(3 * features, hidden)
+        self.text = Dense(config.text_features, hidden) if config.text_features else None
+        self.hidden = Dense(hidden, hidden)
+        self.features = features
+
+    def __call__(self, logsnr: LogSNR, cond: Conditioning) -> Array:
+        angle = jnp.arctan(jnp.exp(-0.5 * jnp.clip(logsnr, -40.0, 40.0))) * (2.0 / jnp.pi)
+        times = cond.times.astype(jnp.float32)
+        gaps = jnp.diff(times, axis=1)
+        first, last = (gaps[:, :1], gaps[:, -1:]) if times.shape[1] > 1 else (jnp.zeros_like(times),) * 2
+        stamps = jnp.stack(
+            [
+                times - times.mean(axis=1, keepdims=True),
+                jnp.concatenate([first, gaps], axis=1),
+                jnp.concatenate([gaps, last], axis=1),
+            ],
+            axis=-1,
+        )
+        stamps = sinusoidal_embedding(stamps, self.features, max_period=200.0)
+        hidden = self.level(sinusoidal_embedding(1000.0 * angle, self.features))
+        hidden = hidden + self.time(stamps.reshape(*times.shape, -1))
+        if self.text is not None and cond.text is not None:
+            mask = jnp.ones(cond.text.shape[:2]) if cond.text_mask is None else cond.text_mask.astype(jnp.float32)
+            pooled = (cond.text * mask[..., None]).sum(1) / jnp.maximum(mask.sum(1, keepdims=True), 1.0)
+            hidden = hidden + self.text(pooled)[:, None]
+        return self.hidden(jax.nn.silu(hidden))

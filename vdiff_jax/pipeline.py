@@ -1,0 +1,301 @@
+"""`VideoDiffusion`: where prompt, networks, sampler and pixels meet.
+
+    model = vdiff_jax.load("shapes")
+    clip = model.generate("a red circle moving right", num_frames=16, steps=25, guidance_scale=4.0, seed=0)
+    clip.save("out.mp4")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vdiff_jax import __version__
+from vdiff_jax.components import Component, make_component, make_config
+from vdiff_jax.data.tokenizer import Tokenizer
+from vdiff_jax.data.transforms import to_uint8, to_video
+from vdiff_jax.data.video_io import Clip
+from vdiff_jax.diffusion.schedule import make_schedule
+from vdiff_jax.interop import pretrained
+from vdiff_jax.sampling.guidance import classifier_free, make_denoise_fn
+from vdiff_jax.sampling.job import text_to_video_job
+from vdiff_jax.sampling.samplers import make_sampler, sample
+from vdiff_jax.types import Array, Conditioning, Latents, Params
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a saved model knows beside its weights: native size and rate, the process it learned, sampling defaults."""
+
+    size: int = 32
+    fps: float = 8.0
+    num_frames: int = 16
+    prediction: str = "v"
+    schedule: str = "cosine"
+    schedule_settings: dict[str, float] = dataclasses.field(default_factory=dict)
+    noise: str = "gaussian"
+    sampler: str = "dpmpp_2m"
+    steps: int = 25
+    guidance_scale: float = 3.0
+    context_length: int = 24
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoDiffusion:
+    """A model: components by name, their parameters, the tokenizer and the settings.
+
+    components: any of "autoencoder", "text_encoder", "unet"; methods say which they need.
+    """
+
+    components: dict[str, Component]
+    params: dict[str, Params]
+    tokenizer: Tokenizer | None
+    settings: Settings
+
+    def encode(self, video: Clip | np.ndarray | Array) -> Latents:
+        """A clip, `frames u8 [f h w 3]`, or `video f32 [b f h w 3]` in [-1, 1] -> final latents `[b f h/k w/k c]`."""
+        return self._encode(self.params["autoencoder"], _as_video(video))
+
+    def decode(self, latents: Latents) -> np.ndarray:
+        """Final latents `[b f h w c]` -> frames u8 `[b f h*k w*k 3]`; one frame at a time in memory."""
+        return to_uint8(np.asarray(self._decode(self.params["autoencoder"], jnp.asarray(latents))))
+
+    def encode_prompts(self, prompts: Sequence[str]) -> tuple[Array, Array]:
+        """Prompts -> (features `[b n d]`, mask `[b n]`). Warns, and says what was cut, where one is too long."""
+        if self.tokenizer is None or "text_encoder" not in self.components:
+            raise ValueError("this model has no text encoder: it takes no prompts")
+        tokens, mask = (jnp.asarray(value) for value in self.tokenizer.encode(list(prompts), self.settings.context_length))
+        return self._encode_text(self.params["text_encoder"], tokens, mask), mask
+
+    @overload
+    def generate(self, prompt: str, **settings: Any) -> Clip: ...
+    @overload
+    def generate(self, prompt: Sequence[str], **settings: Any) -> list[Clip]: ...
+    def generate(
+        self,
+        prompt: str | Sequence[str] = "",
+        *,
+        negative_prompt: str = "",
+        num_frames: int | None = None,
+        size: int | tuple[int, int] | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] = (-jnp.inf, jnp.inf),
+        guidance_rescale: float = 0.0,
+        sampler: str | None = None,
+        eta: float | None = None,
+        seed: int = 0,
+        fps: float | None = None,
+        stride: float = 1.0,
+    ) -> Clip | list[Clip]:
+        """Text to video: one clip per prompt (a Clip for a str, a list for a sequence).
+
+        Args:
+            prompt: what to show; the empty prompt asks for anything.
+            negative_prompt: what guidance moves away from.
+            num_frames, size: of the clip; size in pixels, one number or (height, width), a multiple of the
+                autoencoder's factor and the UNet's levels. Defaults: as trained.
+            steps: denoising steps. sampler: a name in `sampling.SAMPLERS`; eta: its noise, 0..1, None = the sampler's.
+            guidance_scale: 1 = off. guidance_interval: log-SNR range in which it acts. guidance_rescale: 0..1, pulls the
+                guided estimate's standard deviation back to the conditional one (Lin et al. 2024).
+            seed: clip i of the list depends on (seed, i) only.
+            stride: distance between frames in native frame intervals; below 1 is slow motion.
+
+        Changing prompt, seed, guidance_scale, eta or stride recompiles nothing.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        latents = self.generate_latents(
+            prompts,
+            negative_prompt=negative_prompt,
+            num_frames=num_frames,
+            size=size,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
+            sampler=sampler,
+            eta=eta,
+            keys=_seed_keys(seed, len(prompts)),
+            stride=stride,
+        )
+        frames = self.decode(latents)
+        rate = fps or self.settings.fps / stride
+        clips = [
+            Clip(f, rate, self._provenance(p, dict(seed=seed, index=i, steps=steps, guidance_scale=guidance_scale,
+                                                   sampler=sampler, num_frames=num_frames, negative_prompt=negative_prompt)))
+            for i, (f, p) in enumerate(zip(frames, prompts))
+        ]  # fmt: skip
+        return clips[0] if isinstance(prompt, str) else clips
+
+    def generate_latents(
+        self,
+        prompts: Sequence[str],
+        *,
+        keys: Array,
+        negative_prompt: str = "",
+        num_frames: int | None = None,
+        size: int | tuple[int, int] | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] = (-jnp.inf, jnp.inf),
+        guidance_rescale: float = 0.0,
+        sampler: str | None = None,
+        eta: float | None = None,
+        stride: float = 1.0,
+    ) -> Latents:
+        """As `generate`, but final latents `[b f h w c]`; `keys [b]`, one per clip."""
+        settings = self.settings
+        num_frames = settings.num_frames if num_frames is None else num_frames
+        steps = settings.steps if steps is None else steps
+        scale = settings.guidance_scale if guidance_scale is None else guidance_scale
+        for name, value in (("num_frames", num_frames), ("steps", steps)):
+            if value < 1:
+                raise ValueError(f"{name}={value}: it must be at least 1")
+        shape = (num_frames, *self._latent_size(size), self.components["unet"].config.latent_channels)
+        times = jnp.broadcast_to(stride * jnp.arange(num_frames, dtype=jnp.float32), (len(prompts), num_frames))
+        cond, uncond = Conditioning(None, None, times), None
+        if "text_encoder" in self.components:
+            cond = Conditioning(*self.encode_prompts(prompts), times)
+            uncond = Conditioning(*self.encode_prompts([negative_prompt] * len(prompts)), times)
+        job = text_to_video_job(keys, shape, self.schedule, steps, cond, settings.noise)
+        run = self._sample_fn(guided=uncond is not None and scale != 1.0, rescale=guidance_rescale > 0)
+        guidance = jnp.asarray([scale, *guidance_interval, guidance_rescale], jnp.float32)
+        return run(self.params["unet"], job, make_sampler(sampler or settings.sampler, eta), uncond, guidance, keys)
+
+    def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:
+        """Write the model folder: safetensors per component, config.json, tokenizer.json. See `interop.pretrained`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, component in self.components.items():
+            pretrained.save_tensors(folder / f"{name}.safetensors", self.params[name], dtype)
+            del component
+        if self.tokenizer is not None:
+            self.tokenizer.save(folder / "tokenizer.json")
+        pretrained.save_json(
+            folder / "config.json",
+            {
+                "format": pretrained.FORMAT,
+                "components": {name: part.config_dict() for name, part in self.components.items()},
+                "settings": dataclasses.asdict(self.settings),
+            },
+        )
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Short sha256 of configuration and weights."""
+        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self.settings), sort_keys=True).encode())
+        for name in sorted(self.components):
+            digest.update(json.dumps(self.components[name].config_dict(), sort_keys=True).encode())
+            for key, value in sorted(pretrained.flatten(self.params[name]).items()):
+                digest.update(key.encode())
+                digest.update(np.ascontiguousarray(value).tobytes())
+        return digest.hexdigest()[:16]
+
+    @functools.cached_property
+    def schedule(self) -> Any:
+        return make_schedule(self.settings.schedule, **self.settings.schedule_settings)
+
+    @functools.cached_property
+    def _encode(self) -> Callable[..., Array]:
+        return jax.jit(functools.partial(self.components["autoencoder"].apply, method="encode"))
+
+    @functools.cached_property
+    def _encode_text(self) -> Callable[..., Array]:
+        return jax.jit(self.components["text_encoder"].apply)
+
+    @functools.cached_property
+    def _decode(self) -> Callable[..., Array]:
+        apply = self.components["autoencoder"].apply
+
+        @jax.jit
+        def decode(params: Params, latents: Latents) -> Array:
+            # The decoder works frame by frame, so a map over frames is exact and bounds the memory.
+            frames = jnp.moveaxis(latents, 1, 0)[:, :, None]
+            video = jax.lax.map(lambda frame: apply(params, frame, method="decode"), frames)
+            return jnp.moveaxis(video[:, :, 0], 0, 1)
+
+        return decode
+
+    def _sample_fn(self, guided: bool, rescale: bool) -> Callable[..., Latents]:
+        cache = self.__dict__.setdefault("_sample_fns", {})
+        if (guided, rescale) not in cache:
+            unet, kind = self.components["unet"], self.settings.prediction
+
+            @jax.jit
+            def run(params, job, sampler, uncond, guidance, keys):
+                scale, low, high, strength = guidance
+                denoise = make_denoise_fn(unet.apply, params, kind)
+                if guided:
+                    denoise = classifier_free(
+                        denoise, uncond, scale, interval=(low, high), rescale=strength if rescale else 0.0
+                    )
+                return sample(denoise, job, sampler, keys)
+
+            cache[guided, rescale] = run
+        return cache[guided, rescale]
+
+    def _latent_size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
+        height, width = (size, size) if isinstance(size, int) else size or (self.settings.size, self.settings.size)
+        factor = self.components["autoencoder"].config.factor
+        multiple = factor * 2 ** (len(self.components["unet"].config.channels) - 1)
+        if height % multiple or width % multiple or min(height, width) < multiple:
+            raise ValueError(f"size {height}x{width} does not fit this model: use multiples of {multiple}")
+        return height // factor, width // factor
+
+    def _provenance(self, prompt: str, used: dict[str, Any]) -> dict[str, Any]:
+        defaults = {name: getattr(self.settings, name) for name in used if hasattr(self.settings, name)}
+        used = {name: defaults.get(name) if value is None else value for name, value in used.items()}
+        return {"made_by": f"vdiff_jax {__version__}", "note": "AI-generated", "model": self.digest, "prompt": prompt, **used}
+
+
+def load(name: str | Path) -> VideoDiffusion:
+    """A model by bundled name ("shapes"), run folder (of train.py) or saved folder.
+
+    Raises FileNotFoundError if there is no such model, ValueError if its files do not fit together.
+    """
+    folder = _find(name)
+    config = pretrained.load_json(folder / "config.json")
+    if config.get("format") != pretrained.FORMAT:
+        raise ValueError(f"{folder / 'config.json'} has format {config.get('format')!r}, expected {pretrained.FORMAT!r}")
+    components = {part: make_component(part, settings) for part, settings in config["components"].items()}
+    params = {
+        part: pretrained.load_tensors(folder / f"{part}.safetensors", component.abstract)
+        for part, component in components.items()
+    }
+    tokenizer = Tokenizer.load(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else None
+    settings = make_config(Settings, config["settings"], "settings")
+    return VideoDiffusion(components, jax.tree.map(jnp.asarray, params), tokenizer, settings)
+
+
+def _find(name: str | Path) -> Path:
+    candidates = [Path(name), Path(name) / "model", ASSETS / str(name)]
+    for folder in candidates:
+        if (folder / "config.json").is_file():
+            return folder
+    bundled = sorted(path.parent.name for path in ASSETS.glob("*/config.json"))
+    raise FileNotFoundError(
+        f"no model {str(name)!r}: give a run folder, a saved folder, or a bundled name ({', '.join(bundled) or 'none'})"
+    )
+
+
+def _as_video(video: Clip | np.ndarray | Array) -> Array:
+    frames = video.frames if isinstance(video, Clip) else video
+    if frames.dtype == np.uint8:
+        frames = to_video(np.asarray(frames))
+    return jnp.asarray(frames if frames.ndim == 5 else frames[None], jnp.float32)
+
+
+def _seed_keys(seed: int, count: int) -> Array:
+    root = jax.random.key(seed)
+    return jax.vmap(lambda index: jax.random.fold_in(root, index))(jnp.arange(count))

@@ -1,0 +1,161 @@
+"""The whole tree of settings with its defaults, and the checks a recipe must pass.
+
+A recipe in `configs/` starts from `default_recipe(stage)` and changes what it needs; because the tree is complete and
+locked, an unknown key fails in the recipe and on the command line alike, with the nearest known key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vdiff_jax.components import KINDS, make_config
+from vdiff_jax.diffusion.patterns import Mixture
+from vdiff_jax.training.autoencoder_loss import AutoencoderLossConfig
+from vdiff_jax.training.loop import LoopConfig
+from vdiff_jax.training.optimizer import OptimizerConfig
+
+STAGES = ("autoencoder", "diffusion")
+SOURCES = ("shapes", "folder", "tfds", "synthetic")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where clips come from.
+
+    source: "shapes" (rendered on the device), "folder" (video files and captions), "tfds" or "synthetic".
+    folder: the folder of videos, of a TFDS builder, or empty. split: "train" by default.
+    size: pixels per side. num_frames: frames in a training window. native_fps: the rate at which time stamps count
+        one per frame. batch_size: clips per step over all devices.
+    strides, stride_weights: distance between the frames of a window, in native frames, and how often.
+    anchor_rate: share of windows whose first frame comes from far before the others.
+    context_length: tokens of a prompt; longer ones are cut.
+    world, world_frames, world_overrides: which shapes world, its native clip length, and changed fields.
+    captions_key, video_key: features of a TFDS dataset.
+    num_workers: processes that decode; 0 uses threads. latent_cache: folder of encoded clips, or empty.
+    """
+
+    source: str = "shapes"
+    folder: str = ""
+    split: str = "train"
+    size: int = 32
+    num_frames: int = 8
+    native_fps: float = 8.0
+    batch_size: int = 32
+    strides: tuple[int, ...] = (1, 2, 4)
+    stride_weights: tuple[float, ...] = (0.7, 0.2, 0.1)
+    anchor_rate: float = 0.05
+    context_length: int = 24
+    world: str = "small"
+    world_frames: int = 16
+    world_overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
+    video_key: str = "video"
+    captions_key: str = "caption"
+    num_workers: int = 0
+    latent_cache: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionConfig:
+    """What the network learns.
+
+    schedule, schedule_settings: see `diffusion.schedule`. prediction: "eps", "x0", "v" or "velocity".
+    weighting, weighting_settings: see `diffusion.loss`. noise: see `diffusion.noise`.
+    prompt_dropout: share of clips whose prompt is replaced by the empty one, so that guidance is trained.
+    """
+
+    schedule: str = "cosine"
+    schedule_settings: dict[str, float] = dataclasses.field(default_factory=dict)
+    prediction: str = "v"
+    weighting: str = "sigmoid"
+    weighting_settings: dict[str, float] = dataclasses.field(default_factory=dict)
+    noise: str = "gaussian"
+    prompt_dropout: float = 0.1
+    log_bins: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """Previews while training, and the defaults of the saved model."""
+
+    prompts: tuple[str, ...] = ()
+    sampler: str = "dpmpp_2m"
+    steps: int = 25
+    guidance_scale: float = 3.0
+    num_frames: int = 16
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(LoopConfig):
+    """The loop, and: ema_decay; accumulation_steps, parts a batch is cut into; keep_checkpoints, newest ones kept."""
+
+    num_steps: int = 1000
+    ema_decay: float = 0.999
+    accumulation_steps: int = 1
+    keep_checkpoints: int = 2
+
+    def loop(self) -> LoopConfig:
+        return LoopConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(LoopConfig)})
+
+
+def default_recipe(stage: str = "diffusion") -> ConfigDict:
+    """Every setting with its default, locked.
+
+    model.autoencoder_from: a run folder, saved folder or bundled name whose autoencoder is used (diffusion stage).
+    model.init_from: the same for a starting point of all weights; empty = from scratch.
+    model.text: "joint" (small encoder trained with the UNet), "minilm" (pretrained sentence encoder, frozen) or "none".
+    """
+    if stage not in STAGES:
+        raise ValueError(f"config.stage={stage!r}: choose one of {', '.join(STAGES)}")
+    recipe = ConfigDict()
+    recipe.stage = stage
+    recipe.seed = 0
+    recipe.model = ConfigDict({name: dataclasses.asdict(config()) for name, (config, _) in KINDS.items()})
+    recipe.model.autoencoder_from = ""
+    recipe.model.init_from = ""
+    recipe.model.text = "joint"
+    recipe.data = ConfigDict(dataclasses.asdict(DataConfig()))
+    recipe.diffusion = ConfigDict(dataclasses.asdict(DiffusionConfig()))
+    recipe.diffusion.mixture = ConfigDict(dataclasses.asdict(Mixture()))
+    recipe.loss = ConfigDict(dataclasses.asdict(AutoencoderLossConfig()))
+    recipe.optimizer = ConfigDict(dataclasses.asdict(OptimizerConfig()))
+    recipe.train = ConfigDict(dataclasses.asdict(TrainConfig()))
+    recipe.sample = ConfigDict(dataclasses.asdict(SampleConfig()))
+    recipe.parallel = ConfigDict(dict(data=-1, fsdp=1))
+    recipe.lock()
+    for free in (
+        recipe.data.world_overrides,
+        recipe.diffusion.schedule_settings,
+        recipe.diffusion.weighting_settings,
+    ):
+        free.unlock()  # checked where they are used, their keys depend on a name
+    return recipe
+
+
+def data_config(recipe: ConfigDict) -> DataConfig:
+    """Raises ValueError for a value that cannot work."""
+    config: DataConfig = make_config(DataConfig, recipe.data.to_dict(), "data")
+    if config.source not in SOURCES:
+        raise ValueError(f"data.source={config.source!r}: choose one of {', '.join(SOURCES)}")
+    for name in ("size", "num_frames", "batch_size", "context_length"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"data.{name}={getattr(config, name)}: it must be at least 1")
+    if len(config.strides) != len(config.stride_weights):
+        raise ValueError("data.strides and data.stride_weights need the same length")
+    if config.source in ("folder", "tfds") and not config.folder:
+        raise ValueError(f"data.source={config.source!r} needs data.folder")
+    return config
+
+
+def diffusion_config(recipe: ConfigDict) -> tuple[DiffusionConfig, Mixture]:
+    settings = recipe.diffusion.to_dict()
+    mixture = make_config(Mixture, settings.pop("mixture"), "diffusion.mixture")
+    return make_config(DiffusionConfig, settings, "diffusion"), mixture
+
+
+def section(recipe: ConfigDict, name: str, config_class: type) -> Any:
+    """`recipe.<name>` as a frozen dataclass."""
+    return make_config(config_class, recipe[name].to_dict(), name)

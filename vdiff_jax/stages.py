@@ -1,0 +1,248 @@
+"""A recipe made into the functions that `training` needs: the two stages `autoencoder` and `diffusion`.
+
+This is the one place where data, networks, losses and previews of a training run meet; `train.py` only drives it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vdiff_jax import parallel
+from vdiff_jax.components import Component, make_component
+from vdiff_jax.streams import Stream, make_stream
+from vdiff_jax.data.tokenizer import Tokenizer
+from vdiff_jax.data.transforms import to_uint8
+from vdiff_jax.data.video_io import contact_sheet
+from vdiff_jax.diffusion.schedule import make_schedule
+from vdiff_jax.models.autoencoder import latents_from_moments, sample_moments
+from vdiff_jax.pipeline import Settings, VideoDiffusion, load
+from vdiff_jax.recipe import DataConfig, SampleConfig, data_config, diffusion_config, section
+from vdiff_jax.training.autoencoder_loss import AutoencoderLossConfig, make_autoencoder_loss
+from vdiff_jax.training.diffusion_objective import check_kind, make_diffusion_loss, predictor
+from vdiff_jax.training.step import LossFn, TrainState
+from vdiff_jax.training.writers import MetricWriter
+from vdiff_jax.types import Array, Batch, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What a training run is made of.
+
+    init: key -> trainable params. loss_fn: see `training.step.LossFn`. batches_from: step -> iterator of device
+    batches. on_sample: a preview callback. finish: (state, folder) -> writes the finished model.
+    """
+
+    init: Callable[[Array], Params]
+    loss_fn: LossFn
+    batches_from: Callable[[int], Iterator[Batch]]
+    on_sample: Callable[[int, TrainState, MetricWriter | None], None]
+    finish: Callable[[TrainState, Path], None]
+
+
+def make_stage(recipe: ConfigDict, mesh: Mesh, workdir: Path) -> Stage:
+    """The stage that `recipe.stage` names."""
+    data = data_config(recipe)
+    parallel.check_batch_size(data.batch_size, mesh)
+    build = {"autoencoder": _autoencoder_stage, "diffusion": _diffusion_stage}[recipe.stage]
+    return build(recipe, data, mesh, workdir)
+
+
+def _autoencoder_stage(recipe: ConfigDict, data: DataConfig, mesh: Mesh, workdir: Path) -> Stage:
+    component = make_component("autoencoder", recipe.model.autoencoder.to_dict())
+    stream = make_stream(data, seed=recipe.seed, tokenizer=None)
+    start = load(recipe.model.init_from).params["autoencoder"] if recipe.model.init_from else None
+
+    def encode_moments(params: Params, video: Array) -> Array:
+        return component.apply(params, video, method="encode_moments")
+
+    def decode_raw(params: Params, raw: Array) -> Array:
+        return component.apply(params, raw, method="decode_raw")
+
+    loss_fn = make_autoencoder_loss(encode_moments, decode_raw, section(recipe, "loss", AutoencoderLossConfig))
+    preview = stream.device_batch(10**6)
+
+    @jax.jit
+    def reconstruct(params: Params, video: Array) -> tuple[Array, Array]:
+        moments = encode_moments(params, video)
+        return decode_raw(params, sample_moments(moments)), sample_moments(moments)
+
+    def on_sample(step: int, state: TrainState, writer: MetricWriter | None) -> None:
+        if writer is None:
+            return
+        output, _ = reconstruct(state.ema, preview["video"])
+        mse = float(jnp.mean(jnp.square(jnp.clip(output, -1, 1) - preview["video"])))
+        pair = np.concatenate([to_uint8(np.asarray(preview["video"])), to_uint8(np.asarray(output))], axis=2)
+        sheet = contact_sheet(pair.reshape(-1, *pair.shape[2:])[:32], columns=8)
+        _save_sheet(workdir, step, sheet)
+        writer.image(step, "reconstruction", sheet)
+        writer.scalars(step, {"preview_psnr": 10 * np.log10(4 / max(mse, 1e-10))})
+
+    def finish(state: TrainState, folder: Path) -> None:
+        mean, std = _latent_statistics(lambda video: reconstruct(state.ema, video)[1], stream, batches=32)
+        config = {**component.config_dict(), "latent_mean": mean, "latent_std": std}
+        model = VideoDiffusion(
+            components={"autoencoder": make_component("autoencoder", config)},
+            params={"autoencoder": jax.device_get(state.ema)},
+            tokenizer=None,
+            settings=Settings(size=data.size, fps=data.native_fps),
+        )
+        model.save_pretrained(folder)
+
+    init = (lambda key: jax.tree.map(jnp.asarray, start)) if start is not None else component.init
+    return Stage(init, loss_fn, lambda step: stream.starting_at(step, mesh), on_sample, finish)
+
+
+def _diffusion_stage(recipe: ConfigDict, data: DataConfig, mesh: Mesh, workdir: Path) -> Stage:
+    diffusion, mixture = diffusion_config(recipe)
+    sample = section(recipe, "sample", SampleConfig)
+    if not recipe.model.autoencoder_from:
+        raise ValueError("model.autoencoder_from is empty: train an autoencoder first and give its run folder")
+    base = load(recipe.model.autoencoder_from)
+    autoencoder, autoencoder_params = base.components["autoencoder"], base.params["autoencoder"]
+    start = load(recipe.model.init_from) if recipe.model.init_from else None
+
+    text, text_params, tokenizer = _text_encoder(recipe, data, start)
+    unet_settings = recipe.model.unet.to_dict() | {
+        "latent_channels": autoencoder.config.latent_channels,
+        "text_features": text.config.features if text else None,
+    }
+    unet = make_component("unet", unet_settings)
+    frozen = jax.device_put({"autoencoder": autoencoder_params, "text_encoder": text_params}, parallel.replicated(mesh))
+    trainable = {"unet": unet} | ({"text_encoder": text} if text and text_params is None else {})
+
+    def init(key: Array) -> Params:
+        if start is not None:
+            return {name: jax.tree.map(jnp.asarray, start.params[name]) for name in trainable}
+        return {name: part.init(jax.random.fold_in(key, index)) for index, (name, part) in enumerate(trainable.items())}
+
+    @jax.jit
+    def prepare(frozen: Params, batch: Batch, keys: Array) -> Batch:
+        """Pixels (or cached moments) to final latents; prompts to features where the text encoder is frozen."""
+        batch = dict(batch)
+        moments = batch.pop("moments", None)
+        if moments is None:
+            moments = autoencoder.apply(frozen["autoencoder"], batch.pop("video"), method="encode_moments")
+        shape = (*moments.shape[1:-1], moments.shape[-1] // 2)
+        noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+        batch["latents"] = latents_from_moments(moments, autoencoder.config, noise)
+        if text is not None and frozen["text_encoder"] is not None:
+            batch["text"] = text.apply(frozen["text_encoder"], batch.pop("tokens"), batch["token_mask"])
+        return batch
+
+    stream = make_stream(data, seed=recipe.seed, tokenizer=tokenizer)
+    prepare_key = jax.random.fold_in(jax.random.key(recipe.seed), 1)
+
+    def batches_from(step: int) -> Iterator[Batch]:
+        for index, batch in enumerate(stream.starting_at(step, mesh), start=step):
+            keys = _batch_keys(jax.random.fold_in(prepare_key, index), data.batch_size, mesh)
+            yield prepare(frozen, batch, keys)
+
+    loss_fn = make_diffusion_loss(
+        predictor(unet.apply),
+        None if text is None else lambda params, *args: text.apply(params["text_encoder"], *args),
+        null_prompt=_null_prompt(text, text_params, tokenizer, data),
+        schedule=make_schedule(diffusion.schedule, **diffusion.schedule_settings),
+        mixture=mixture,
+        kind=check_kind(diffusion.prediction),
+        weighting=diffusion.weighting,
+        weighting_settings=dict(diffusion.weighting_settings),
+        noise=diffusion.noise,
+        prompt_dropout=diffusion.prompt_dropout,
+        log_bins=diffusion.log_bins,
+    )
+    settings = Settings(
+        size=data.size,
+        fps=data.native_fps,
+        num_frames=sample.num_frames,
+        sampler=sample.sampler,
+        steps=sample.steps,
+        guidance_scale=sample.guidance_scale,
+        prediction=diffusion.prediction,
+        schedule=diffusion.schedule,
+        schedule_settings=dict(diffusion.schedule_settings),
+        context_length=data.context_length,
+    )
+
+    def as_model(params: Params) -> VideoDiffusion:
+        components = {"autoencoder": autoencoder, "unet": unet} | ({"text_encoder": text} if text else {})
+        whole = {"autoencoder": autoencoder_params, "text_encoder": text_params} | params
+        return VideoDiffusion(components, {name: whole[name] for name in components}, tokenizer, settings)
+
+    def on_sample(step: int, state: TrainState, writer: MetricWriter | None) -> None:
+        if writer is None or not sample.prompts:
+            return
+        model = as_model(jax.device_get(state.ema))
+        clips = model.generate(list(sample.prompts), seed=sample.seed)
+        frames = np.stack([clip.frames for clip in clips])
+        _save_sheet(workdir, step, contact_sheet(frames.reshape(-1, *frames.shape[2:]), columns=frames.shape[1]))
+        writer.video(step, "samples", frames, fps=data.native_fps)
+
+    def finish(state: TrainState, folder: Path) -> None:
+        as_model(jax.device_get(state.ema)).save_pretrained(folder)
+
+    return Stage(init, loss_fn, batches_from, on_sample, finish)
+
+
+def _text_encoder(
+    recipe: ConfigDict, data: DataConfig, start: VideoDiffusion | None
+) -> tuple[Component | None, Params | None, Tokenizer | None]:
+    """(component, frozen params or None if trained, tokenizer)."""
+    kind = recipe.model.text
+    if kind == "none":
+        return None, None, None
+    if kind == "minilm":
+        from vdiff_jax.interop.transformers import load_minilm
+
+        component, params, tokenizer = load_minilm()
+        return component, params, tokenizer
+    if kind != "joint":
+        raise ValueError(f"model.text={kind!r}: choose joint, minilm or none")
+    if start is not None:
+        return start.components["text_encoder"], None, start.tokenizer
+    tokenizer = make_stream(data, seed=recipe.seed, tokenizer=None).fit_tokenizer()
+    settings = recipe.model.text_encoder.to_dict()
+    settings |= {"vocab_size": tokenizer.vocab_size, "context_length": data.context_length}
+    return make_component("text_encoder", settings), None, tokenizer
+
+
+def _null_prompt(text, text_params, tokenizer, data: DataConfig) -> tuple[Array, Array] | None:
+    """The empty prompt as tokens, or as features where the text encoder is frozen."""
+    if text is None or tokenizer is None:
+        return None
+    tokens, mask = (jnp.asarray(value) for value in tokenizer.encode([""], data.context_length))
+    value = tokens if text_params is None else jax.jit(text.apply)(text_params, tokens, mask)
+    return value[0], mask[0]
+
+
+def _batch_keys(key: Array, batch_size: int, mesh: Mesh) -> Array:
+    from vdiff_jax.training.step import sample_keys
+
+    return jax.device_put(sample_keys(key, batch_size), parallel.batch_sharding(mesh))
+
+
+def _latent_statistics(encode: Callable[[Array], Array], stream: Stream, batches: int) -> tuple[list, list]:
+    """Mean and standard deviation of the raw latents per channel, over the first batches of the stream."""
+    count, total, square = 0, 0.0, 0.0
+    for step in range(batches):
+        raw = np.asarray(encode(stream.device_batch(step)["video"]), np.float64)
+        flat = raw.reshape(-1, raw.shape[-1])
+        count, total, square = count + len(flat), total + flat.sum(0), square + np.square(flat).sum(0)
+    mean = total / count
+    return mean.tolist(), np.sqrt(np.maximum(square / count - mean**2, 1e-12)).tolist()
+
+
+def _save_sheet(workdir: Path, step: int, sheet: np.ndarray) -> None:
+    from PIL import Image
+
+    folder = workdir / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(sheet).save(folder / f"{step:07d}.png")

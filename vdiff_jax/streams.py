@@ -1,0 +1,99 @@
+"""Batches on the device, from any source: the bridge between host data and the mesh.
+
+A stream is a pure function of the step (`device_batch(step)`), so a resumed run continues the order exactly. The shapes
+world sends attribute records and renders pixels on the device; other sources send decoded windows or cached moments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from vdiff_jax import parallel
+from vdiff_jax.data.shapes import make_world, render, vocabulary
+from vdiff_jax.data.shapes_stream import ShapesStream
+from vdiff_jax.data.tokenizer import Tokenizer, train_tokenizer
+from vdiff_jax.recipe import DataConfig
+from vdiff_jax.types import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """Device batches of a data source.
+
+    host: has `starting_at(step) -> iterator` of this process's raw batches. finish: raw device batch -> Batch, jitted
+    or the identity. captions: a list of all words or captions a tokenizer is fitted on.
+    """
+
+    host: Any
+    finish: Callable[[dict[str, Any]], Batch]
+    captions: Callable[[], list[str]]
+
+    def starting_at(self, step: int, mesh: Mesh) -> Iterator[Batch]:
+        for raw in self.host.starting_at(step):
+            yield self.finish(shard(raw, mesh))
+
+    def device_batch(self, step: int, mesh: Mesh | None = None) -> Batch:
+        """The batch of one step, on the mesh or (for previews) on the default device."""
+        raw = next(iter(self.host.starting_at(step)))
+        return self.finish(jax.tree.map(jax.numpy.asarray, raw) if mesh is None else shard(raw, mesh))
+
+    def fit_tokenizer(self, vocab_size: int = 4096) -> Tokenizer:
+        """A word tokenizer over the captions of the source."""
+        return train_tokenizer(self.captions(), vocab_size=vocab_size)
+
+
+def shard(raw: Any, mesh: Mesh) -> Any:
+    """This process's rows, first axis over the mesh; a tree of numpy arrays."""
+    sharding = parallel.batch_sharding(mesh)
+    return jax.tree.map(lambda value: jax.make_array_from_process_local_data(sharding, np.asarray(value)), raw)
+
+
+def make_stream(data: DataConfig, *, seed: int, tokenizer: Tokenizer | None, split: str | None = None) -> Stream:
+    """The stream of a data configuration; without a tokenizer the batches carry no prompts."""
+
+    def encode(captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        assert tokenizer is not None
+        return tokenizer.encode(captions, data.context_length)
+
+    encode_prompts = encode if tokenizer is not None else None
+    process = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    if data.source == "shapes":
+        world = make_world(data.world, size=data.size, num_frames=data.world_frames, **tuples(data.world_overrides))
+        host = ShapesStream(
+            world,
+            data.batch_size,
+            data.num_frames,
+            encode_prompts=encode_prompts,
+            seed=seed,
+            split=split or data.split,
+            strides=data.strides,
+            stride_weights=data.stride_weights,
+            anchor_rate=data.anchor_rate,
+            **process,
+        )
+        return Stream(host, _renderer(world), lambda: vocabulary(world))
+    from vdiff_jax.data.loader import Loader
+    from vdiff_jax.data.sources import make_source
+
+    source = make_source(data, split or data.split)
+    host = Loader(source, encode_prompts, data.batch_size, seed=seed, num_workers=data.num_workers, **process)
+    return Stream(host, lambda batch: batch, source.captions)
+
+
+def _renderer(world: Any) -> Callable[[dict[str, Any]], Batch]:
+    @jax.jit
+    def finish(raw: dict[str, Any]) -> Batch:
+        batch = dict(raw)
+        return {"video": render(batch.pop("records"), batch["times"], world), **batch}
+
+    return finish
+
+
+def tuples(overrides: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in overrides.items()}

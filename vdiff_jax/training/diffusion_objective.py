@@ -1,0 +1,114 @@
+"""The diffusion objective over the training mixture: one loss for every task the network will serve.
+
+Each clip draws a pattern (what is known, the level of every frame), is noised token by token, and the loss is the
+weighted eps error over its unknown tokens. Prompts are dropped at random, so that guidance has something to guide from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vdiff_jax.diffusion import loss as losses
+from vdiff_jax.diffusion import patterns, prediction
+from vdiff_jax.diffusion.noise import draw_noise
+from vdiff_jax.diffusion.process import add_noise
+from vdiff_jax.types import Array, Batch, Conditioning, Params, PredictFn
+
+EncodeText = Callable[[Params, Array, Array], Array]
+
+
+def make_diffusion_loss(
+    predict_fn: PredictFn,
+    encode_text: EncodeText | None,
+    *,
+    null_prompt: tuple[Array, Array] | None,
+    schedule: Any,
+    mixture: patterns.Mixture,
+    kind: str,
+    weighting: str,
+    weighting_settings: dict[str, float],
+    noise: str = "gaussian",
+    prompt_dropout: float = 0.1,
+    log_bins: int = 8,
+):
+    """loss_fn(params, batch, keys [b]) -> (loss, metrics), for `training.step`.
+
+    batch: `latents [b f h w c]` final, `times [b f]`, optional `anchor [b]`, and either `tokens`/`token_mask [b n]`
+    (encoded by `encode_text(params, tokens, mask)`) or ready `text [b n d]`/`token_mask`; null_prompt is the pair
+    (tokens or features [n ...], mask [n]) that replaces a dropped prompt.
+    """
+    edges = jnp.linspace(schedule.logsnr_min, schedule.logsnr_max, log_bins + 1)
+
+    def loss_fn(params: Params, batch: Batch, keys: Array) -> tuple[Array, dict[str, Array]]:
+        x = batch["latents"]
+        batch_size, num_frames, height, width, _ = x.shape
+        noise_keys, drop_keys, pattern_key = _split_keys(keys)
+        drawn = patterns.draw_batch(
+            pattern_key, mixture, schedule, batch_size, num_frames, height, width, batch.get("anchor")
+        )
+        token_logsnr = jnp.where(
+            drawn.mask > 0.5, _frames(drawn.context_logsnr), jnp.broadcast_to(_frames(drawn.logsnr), drawn.mask.shape)
+        )
+        eps = draw_noise(noise_keys, x.shape[1:], noise)
+        z = add_noise(x, eps, token_logsnr)
+        cond = _conditioning(params, batch, drop_keys)
+        output = predict_fn(params, z, drawn.logsnr, drawn.mask, drawn.context_logsnr, cond)
+        per_sample, eps_loss = losses.diffusion_loss(
+            output, kind, x, eps, z, token_logsnr, drawn.mask, weighting=weighting, **weighting_settings
+        )
+        level = jnp.mean(drawn.logsnr, axis=1)
+        bin_sum, bin_count = losses.loss_by_bin(level, eps_loss, edges)
+        row_sum, row_count = losses.loss_by_bin(
+            drawn.row.astype(jnp.float32), eps_loss, jnp.arange(patterns.NUM_ROWS + 1) - 0.5
+        )
+        metrics = {
+            "eps_loss": eps_loss.mean(),
+            "eps_loss_by_logsnr_sum": bin_sum,
+            "eps_loss_by_logsnr_count": bin_count,
+            "eps_loss_by_row_sum": row_sum,
+            "eps_loss_by_row_count": row_count,
+        }
+        return per_sample.mean(), metrics
+
+    def _conditioning(params: Params, batch: Batch, drop_keys: Array) -> Conditioning:
+        if null_prompt is None:
+            return Conditioning(None, None, batch["times"])
+        name = "text" if "text" in batch else "tokens"
+        value, mask = batch[name], batch["token_mask"]
+        drop = jax.vmap(lambda key: jax.random.bernoulli(key, prompt_dropout))(drop_keys)
+        value = jnp.where(drop.reshape(-1, *(1,) * (value.ndim - 1)), null_prompt[0][None], value)
+        mask = jnp.where(drop[:, None], null_prompt[1][None], mask)
+        text = value if name == "text" else encode_text(params, value, mask)  # type: ignore[misc]
+        return Conditioning(text, mask, batch["times"])
+
+    return loss_fn
+
+
+def predictor(apply: Callable[..., Array], name: str = "unet") -> PredictFn:
+    """The `PredictFn` of a network whose parameters stand under `params[name]`."""
+
+    def predict_fn(params, z, logsnr, known_mask, context_logsnr, cond):
+        return apply(params[name], z, logsnr, known_mask, context_logsnr, cond)
+
+    return predict_fn
+
+
+def check_kind(kind: str) -> str:
+    """Raises ValueError for an unknown prediction kind."""
+    if kind not in prediction.KINDS:
+        raise ValueError(f"diffusion.prediction={kind!r}: choose one of {', '.join(prediction.KINDS)}")
+    return kind
+
+
+def _frames(per_frame: Array) -> Array:
+    return per_frame[:, :, None, None, None]
+
+
+def _split_keys(keys: Array) -> tuple[Array, Array, Array]:
+    """(noise keys [b], dropout keys [b], one key for the patterns, whose levels are stratified over the batch)."""
+    parts = jax.vmap(lambda key: jax.random.split(key, 3))(keys)
+    return parts[:, 0], parts[:, 1], parts[0, 2]

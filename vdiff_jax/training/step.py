@@ -1,0 +1,137 @@
+"""The training step: `train_step(state, batch, key) -> (state, metrics)`, pure, donated, one `jit`.
+
+Randomness is owned by the step: it folds `state.step` into a constant key, so nothing random is carried or saved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from vdiff_jax import parallel
+from vdiff_jax.types import Array, Batch, Params
+
+LossFn = Callable[[Params, Batch, Array], tuple[Array, dict[str, Array]]]
+"""(params, batch, keys [b]) -> (scalar loss, metrics); one key per sample, metrics are scalars or small vectors."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything a run needs to go on: all leaves are arrays.
+
+    step: i32, updates tried so far. skipped: i32, updates refused for non-finite gradients; skipped_in_row: of which
+    without a good one in between. ema: exponential moving average of params, fp32.
+    """
+
+    step: Array
+    params: Params
+    opt_state: Any
+    ema: Params
+    skipped: Array
+    skipped_in_row: Array
+
+
+def create_state(init: Callable[[Array], Params], optimizer: optax.GradientTransformation, key: Array) -> TrainState:
+    """A fresh state; pure, so `jax.jit(create_state, out_shardings=...)` makes it be born sharded."""
+    params = init(key)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, optimizer.init(params), jax.tree.map(jnp.copy, params), zero, zero)
+
+
+def init_sharded_state(
+    init: Callable[[Array], Params],
+    optimizer: optax.GradientTransformation,
+    key: Array,
+    mesh: Mesh,
+    rules: tuple = (),
+) -> tuple[TrainState, Any]:
+    """(state, shardings): shapes first, then memory; no unsharded copy ever exists."""
+
+    def create(key: Array) -> TrainState:
+        return create_state(init, optimizer, key)
+
+    abstract = jax.eval_shape(create, key)
+    shardings = parallel.tree_shardings(abstract, mesh, rules)
+    return jax.jit(create, out_shardings=shardings)(key), shardings
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    shardings: Any,
+    *,
+    ema_decay: float = 0.999,
+    accumulation_steps: int = 1,
+) -> Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Array]]]:
+    """The jitted step. A non-finite loss or gradient leaves params, optimizer and EMA bitwise untouched and is counted.
+
+    accumulation_steps: the batch is cut in that many parts whose gradients are averaged, at the memory of one part.
+    ema: decay is min(ema_decay, (1 + step) / (10 + step)).
+    """
+
+    def gradients(params: Params, batch: Batch, keys: Array):
+        whole = parallel.gather(params, mesh)
+        return jax.value_and_grad(loss_fn, has_aux=True)(whole, batch, keys)
+
+    def train_step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, dict[str, Array]]:
+        batch_size = jax.tree.leaves(batch)[0].shape[0]
+        keys = sample_keys(jax.random.fold_in(key, state.step), batch_size)
+        (loss, metrics), grads = _accumulate(gradients, state.params, batch, keys, accumulation_steps)
+        grad_norm = optax.global_norm(grads)
+        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        ema = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, state.ema, params)
+
+        def keep(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+
+        bad = (~good).astype(jnp.int32)
+        new_state = TrainState(
+            step=state.step + 1,
+            params=keep(params, state.params),
+            opt_state=keep(opt_state, state.opt_state),
+            ema=keep(ema, state.ema),
+            skipped=state.skipped + bad,
+            skipped_in_row=(state.skipped_in_row + 1) * bad,
+        )
+        metrics = {**metrics, "loss": loss, "grad_norm": grad_norm, "skipped": new_state.skipped}
+        return new_state, {**metrics, "skipped_in_row": new_state.skipped_in_row}
+
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, parallel.replicated(mesh)))
+
+
+def sample_keys(key: Array, batch_size: int) -> Array:
+    """One key per sample, a function of its index alone: independent of neighbours and of the number of devices."""
+    return jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(batch_size))
+
+
+def _accumulate(gradients: Callable, params: Params, batch: Batch, keys: Array, parts: int):
+    """Mean over `parts` equal cuts of the batch of ((loss, metrics), grads)."""
+    if parts == 1:
+        return gradients(params, batch, keys)
+    if keys.shape[0] % parts:
+        raise ValueError(f"data.batch_size={keys.shape[0]} is not a multiple of train.accumulation_steps={parts}")
+    # [b] -> [b/parts parts] keeps each device's rows on it; the scanned axis comes second.
+    cut = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, parts, *a.shape[1:]), 1, 0), (batch, keys))
+
+    def body(total, part):
+        return jax.tree.map(jnp.add, total, gradients(params, *part)), None
+
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(gradients, params, *_first(cut)))
+    total, _ = jax.lax.scan(body, zeros, cut)
+    return jax.tree.map(lambda a: a / parts, total)
+
+
+def _first(tree: Any) -> Any:
+    return jax.tree.map(lambda a: a[0], tree)

@@ -1,0 +1,95 @@
+"""Where metrics go: `metrics.jsonl`, TensorBoard, and a progress line on the console."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Scalars = dict[str, float]
+
+
+class MetricWriter:
+    """Appends scalars to `<workdir>/metrics.jsonl` and to TensorBoard, and images to TensorBoard.
+
+    Only the first process should make one. Lines already written survive a resumed run; a step may appear twice after
+    a crash, the later line is the one that counts.
+    """
+
+    def __init__(self, workdir: str | Path):
+        from tensorboardX import SummaryWriter
+
+        folder = Path(workdir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"))
+
+    def scalars(self, step: int, values: Scalars) -> None:
+        record: dict[str, Any] = {"step": step, **{name: float(value) for name, value in values.items()}}
+        self._lines.write(json.dumps(record) + "\n")
+        self._lines.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """image: u8 [h w 3]."""
+        self._board.add_image(name, image, step, dataformats="HWC")
+
+    def video(self, step: int, name: str, frames: np.ndarray, fps: float) -> None:
+        """frames: u8 [b f h w 3]; stored as an animated gif, side by side."""
+        self._board.add_video(name, np.transpose(frames, (0, 1, 4, 2, 3)), step, fps=fps)
+
+    def close(self) -> None:
+        self._lines.close()
+        self._board.close()
+
+
+class ProgressLine:
+    """One live line: step, loss, clips per second, time left. Plain lines when the console is not a terminal."""
+
+    def __init__(self, num_steps: int, start_step: int, batch_size: int):
+        self._console = Console(stderr=True)
+        self._live = self._console.is_terminal
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:.1f} clips/s"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._live,
+        )
+        self._task = self._bar.add_task("train", total=num_steps, completed=start_step, loss=float("nan"), speed=0.0)
+        self._num_steps, self._batch_size = num_steps, batch_size
+        self._since, self._since_step = time.monotonic(), start_step
+        self._bar.start()
+
+    def advance(self, step: int) -> None:
+        self._bar.update(self._task, completed=step)
+
+    def report(self, step: int, values: Scalars) -> float:
+        """Show a metrics line; returns clips per second since the last report."""
+        now = time.monotonic()
+        speed = (step - self._since_step) * self._batch_size / max(now - self._since, 1e-9)
+        self._since, self._since_step = now, step
+        self._bar.update(self._task, completed=step, loss=values.get("loss", float("nan")), speed=speed)
+        if not self._live:
+            left = (self._num_steps - step) * self._batch_size / max(speed, 1e-9)
+            self._console.print(
+                f"step {step}/{self._num_steps}  loss {values.get('loss', float('nan')):.4f}  {speed:.1f} clips/s  "
+                f"{left / 60:.0f} min left",
+                highlight=False,
+            )
+        return speed
+
+    def note(self, text: str) -> None:
+        self._console.print(text, highlight=False)
+
+    def close(self) -> None:
+        self._bar.stop()
