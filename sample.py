@@ -12,11 +12,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from vdiff_jax.command import run_script, use_compile_cache
-
-use_compile_cache()
-
 from absl import flags
+
+from vdiff_jax.command import run_script
 
 _MODEL = flags.DEFINE_string("model", "shapes", "Bundled name, run folder or saved folder.")
 _PROMPT = flags.DEFINE_string("prompt", "", "What to show.")

@@ -14,15 +14,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from vdiff_jax.command import run_script, use_compile_cache
-
-use_compile_cache()
-
 import jax
 from absl import flags
 from ml_collections import config_flags
 
 from vdiff_jax import parallel
+from vdiff_jax.command import run_script
 from vdiff_jax.models.functional import parameter_count
 from vdiff_jax.recipe import TrainConfig, section
 from vdiff_jax.stages import make_stage

@@ -23,7 +23,6 @@ def get_config() -> ConfigDict:
         batch_size=32,
         strides=(7,),
         stride_weights=(1.0,),
-        anchor_rate=0.0,
     )
     config.optimizer.update(learning_rate=2e-3, warmup_steps=100, weight_decay=0.0)
     config.train.update(num_steps=1500, log_steps=25, checkpoint_steps=250, sample_steps=500, ema_decay=0.995)

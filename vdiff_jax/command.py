@@ -8,15 +8,17 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from absl import app, flags
+import jax
+from absl import app, flags, logging
 
 USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, RuntimeError)
 
 
 def use_compile_cache() -> None:
-    """Keep compiled programs between runs, unless the environment says where or that it should not."""
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "vdiff_jax" / "xla"))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+    """Keep compiled programs between runs, unless the environment says where."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "vdiff_jax" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def run_script(main: Callable[[list[str]], int | None]) -> None:
@@ -25,6 +27,9 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
     A user's mistake ends with one sentence on stderr and exit code 1; `VDIFF_TRACEBACK=1` shows where it arose. Flag
     errors, unknown configuration keys among them, end the same way.
     """
+
+    use_compile_cache()
+    logging.set_verbosity(logging.WARNING)  # orbax tells its every move at INFO
 
     def guarded(argv: list[str]) -> int | None:
         if len(argv) > 1:

@@ -34,7 +34,9 @@ def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
     data = count // fsdp if data == -1 else data
     fsdp = count // data if fsdp == -1 else fsdp
     if data * fsdp != count:
-        raise ValueError(f"mesh data={data} x fsdp={fsdp} does not match {count} devices: change parallel.data or .fsdp")
+        raise ValueError(
+            f"mesh data={data} x fsdp={fsdp} does not match {count} devices: change parallel.data or .fsdp"
+        )
     return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
 
 

@@ -1,8 +1,8 @@
 """`VideoDiffusion`: where prompt, networks, sampler and pixels meet.
 
-    model = vdiff_jax.load("shapes")
-    clip = model.generate("a red circle moving right", num_frames=16, steps=25, guidance_scale=4.0, seed=0)
-    clip.save("out.mp4")
+model = vdiff_jax.load("shapes")
+clip = model.generate("a red circle moving right", num_frames=16, steps=25, guidance_scale=4.0, seed=0)
+clip.save("out.mp4")
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ class VideoDiffusion:
         """Prompts -> (features `[b n d]`, mask `[b n]`). Warns, and says what was cut, where one is too long."""
         if self.tokenizer is None or "text_encoder" not in self.components:
             raise ValueError("this model has no text encoder: it takes no prompts")
-        tokens, mask = (jnp.asarray(value) for value in self.tokenizer.encode(list(prompts), self.settings.context_length))
+        tokens, mask = (
+            jnp.asarray(value) for value in self.tokenizer.encode(list(prompts), self.settings.context_length)
+        )
         return self._encode_text(self.params["text_encoder"], tokens, mask), mask
 
     @overload
@@ -107,8 +109,8 @@ class VideoDiffusion:
             num_frames, size: of the clip; size in pixels, one number or (height, width), a multiple of the
                 autoencoder's factor and the UNet's levels. Defaults: as trained.
             steps: denoising steps. sampler: a name in `sampling.SAMPLERS`; eta: its noise, 0..1, None = the sampler's.
-            guidance_scale: 1 = off. guidance_interval: log-SNR range in which it acts. guidance_rescale: 0..1, pulls the
-                guided estimate's standard deviation back to the conditional one (Lin et al. 2024).
+            guidance_scale: 1 = off. guidance_interval: log-SNR range in which it acts. guidance_rescale: 0..1, pulls
+                the guided estimate's standard deviation back to the conditional one (Lin et al. 2024).
             seed: clip i of the list depends on (seed, i) only.
             stride: distance between frames in native frame intervals; below 1 is slow motion.
 
@@ -131,11 +133,18 @@ class VideoDiffusion:
         )
         frames = self.decode(latents)
         rate = fps or self.settings.fps / stride
+        used = dict(
+            seed=seed,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            sampler=sampler,
+            num_frames=num_frames,
+            negative_prompt=negative_prompt,
+        )
         clips = [
-            Clip(f, rate, self._provenance(p, dict(seed=seed, index=i, steps=steps, guidance_scale=guidance_scale,
-                                                   sampler=sampler, num_frames=num_frames, negative_prompt=negative_prompt)))
-            for i, (f, p) in enumerate(zip(frames, prompts))
-        ]  # fmt: skip
+            Clip(clip, rate, self._provenance(text, {**used, "index": index}))
+            for index, (clip, text) in enumerate(zip(frames, prompts))
+        ]
         return clips[0] if isinstance(prompt, str) else clips
 
     def generate_latents(
@@ -177,9 +186,8 @@ class VideoDiffusion:
         """Write the model folder: safetensors per component, config.json, tokenizer.json. See `interop.pretrained`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, component in self.components.items():
+        for name in self.components:
             pretrained.save_tensors(folder / f"{name}.safetensors", self.params[name], dtype)
-            del component
         if self.tokenizer is not None:
             self.tokenizer.save(folder / "tokenizer.json")
         pretrained.save_json(
@@ -194,13 +202,15 @@ class VideoDiffusion:
     @functools.cached_property
     def digest(self) -> str:
         """Short sha256 of configuration and weights."""
-        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self.settings), sort_keys=True).encode())
-        for name in sorted(self.components):
-            digest.update(json.dumps(self.components[name].config_dict(), sort_keys=True).encode())
-            for key, value in sorted(pretrained.flatten(self.params[name]).items()):
-                digest.update(key.encode())
-                digest.update(np.ascontiguousarray(value).tobytes())
-        return digest.hexdigest()[:16]
+        parts = [self.component_digest(name) for name in sorted(self.components)]
+        return _digest(json.dumps([dataclasses.asdict(self.settings), parts], sort_keys=True).encode())
+
+    def component_digest(self, name: str) -> str:
+        """Short sha256 of one component's configuration and weights; latent caches are tied to the autoencoder's."""
+        pieces = [json.dumps(self.components[name].config_dict(), sort_keys=True).encode()]
+        for key, value in sorted(pretrained.flatten(self.params[name]).items()):
+            pieces += [key.encode(), np.ascontiguousarray(value).tobytes()]
+        return _digest(*pieces)
 
     @functools.cached_property
     def schedule(self) -> Any:
@@ -256,7 +266,13 @@ class VideoDiffusion:
     def _provenance(self, prompt: str, used: dict[str, Any]) -> dict[str, Any]:
         defaults = {name: getattr(self.settings, name) for name in used if hasattr(self.settings, name)}
         used = {name: defaults.get(name) if value is None else value for name, value in used.items()}
-        return {"made_by": f"vdiff_jax {__version__}", "note": "AI-generated", "model": self.digest, "prompt": prompt, **used}
+        return {
+            "made_by": f"vdiff_jax {__version__}",
+            "note": "AI-generated",
+            "model": self.digest,
+            "prompt": prompt,
+            **used,
+        }
 
 
 def load(name: str | Path) -> VideoDiffusion:
@@ -267,7 +283,9 @@ def load(name: str | Path) -> VideoDiffusion:
     folder = _find(name)
     config = pretrained.load_json(folder / "config.json")
     if config.get("format") != pretrained.FORMAT:
-        raise ValueError(f"{folder / 'config.json'} has format {config.get('format')!r}, expected {pretrained.FORMAT!r}")
+        raise ValueError(
+            f"{folder / 'config.json'} has format {config.get('format')!r}, expected {pretrained.FORMAT!r}"
+        )
     components = {part: make_component(part, settings) for part, settings in config["components"].items()}
     params = {
         part: pretrained.load_tensors(folder / f"{part}.safetensors", component.abstract)
@@ -287,6 +305,10 @@ def _find(name: str | Path) -> Path:
     raise FileNotFoundError(
         f"no model {str(name)!r}: give a run folder, a saved folder, or a bundled name ({', '.join(bundled) or 'none'})"
     )
+
+
+def _digest(*pieces: bytes) -> str:
+    return hashlib.sha256(b"".join(pieces)).hexdigest()[:16]
 
 
 def _as_video(video: Clip | np.ndarray | Array) -> Array:

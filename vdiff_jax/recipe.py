@@ -30,7 +30,6 @@ class DataConfig:
     size: pixels per side. num_frames: frames in a training window. native_fps: the rate at which time stamps count
         one per frame. batch_size: clips per step over all devices.
     strides, stride_weights: distance between the frames of a window, in native frames, and how often.
-    anchor_rate: share of windows whose first frame comes from far before the others.
     context_length: tokens of a prompt; longer ones are cut.
     world, world_frames, world_overrides: which shapes world, its native clip length, and changed fields.
     captions_key, video_key: features of a TFDS dataset.
@@ -46,7 +45,6 @@ class DataConfig:
     batch_size: int = 32
     strides: tuple[int, ...] = (1, 2, 4)
     stride_weights: tuple[float, ...] = (0.7, 0.2, 0.1)
-    anchor_rate: float = 0.05
     context_length: int = 24
     world: str = "small"
     world_frames: int = 16

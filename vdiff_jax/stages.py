@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +17,18 @@ from ml_collections import ConfigDict
 
 from vdiff_jax import parallel
 from vdiff_jax.components import Component, make_component
-from vdiff_jax.streams import Stream, make_stream
 from vdiff_jax.data.tokenizer import Tokenizer
 from vdiff_jax.data.transforms import to_uint8
-from vdiff_jax.data.video_io import contact_sheet
+from vdiff_jax.data.video_io import contact_sheet, save_image
+from vdiff_jax.diffusion.prediction import check_kind
 from vdiff_jax.diffusion.schedule import make_schedule
 from vdiff_jax.models.autoencoder import latents_from_moments, sample_moments
 from vdiff_jax.pipeline import Settings, VideoDiffusion, load
 from vdiff_jax.recipe import DataConfig, SampleConfig, data_config, diffusion_config, section
+from vdiff_jax.streams import Stream, make_stream
 from vdiff_jax.training.autoencoder_loss import AutoencoderLossConfig, make_autoencoder_loss
-from vdiff_jax.training.diffusion_objective import check_kind, make_diffusion_loss, predictor
-from vdiff_jax.training.step import LossFn, TrainState
+from vdiff_jax.training.diffusion_objective import make_diffusion_loss, predictor
+from vdiff_jax.training.step import LossFn, TrainState, sample_keys
 from vdiff_jax.training.writers import MetricWriter
 from vdiff_jax.types import Array, Batch, Params
 
@@ -103,6 +103,8 @@ def _autoencoder_stage(recipe: ConfigDict, data: DataConfig, mesh: Mesh, workdir
 
 def _diffusion_stage(recipe: ConfigDict, data: DataConfig, mesh: Mesh, workdir: Path) -> Stage:
     diffusion, mixture = diffusion_config(recipe)
+    schedule = make_schedule(diffusion.schedule, **diffusion.schedule_settings)
+    check_kind(diffusion.prediction, schedule.logsnr_min)
     sample = section(recipe, "sample", SampleConfig)
     if not recipe.model.autoencoder_from:
         raise ValueError("model.autoencoder_from is empty: train an autoencoder first and give its run folder")
@@ -138,7 +140,13 @@ def _diffusion_stage(recipe: ConfigDict, data: DataConfig, mesh: Mesh, workdir: 
             batch["text"] = text.apply(frozen["text_encoder"], batch.pop("tokens"), batch["token_mask"])
         return batch
 
-    stream = make_stream(data, seed=recipe.seed, tokenizer=tokenizer)
+    stream = make_stream(
+        data,
+        seed=recipe.seed,
+        tokenizer=tokenizer,
+        anchor_rate=mixture.anchor_probability(),
+        digest=base.component_digest("autoencoder"),
+    )
     prepare_key = jax.random.fold_in(jax.random.key(recipe.seed), 1)
 
     def batches_from(step: int) -> Iterator[Batch]:
@@ -150,9 +158,9 @@ def _diffusion_stage(recipe: ConfigDict, data: DataConfig, mesh: Mesh, workdir: 
         predictor(unet.apply),
         None if text is None else lambda params, *args: text.apply(params["text_encoder"], *args),
         null_prompt=_null_prompt(text, text_params, tokenizer, data),
-        schedule=make_schedule(diffusion.schedule, **diffusion.schedule_settings),
+        schedule=schedule,
         mixture=mixture,
-        kind=check_kind(diffusion.prediction),
+        kind=diffusion.prediction,
         weighting=diffusion.weighting,
         weighting_settings=dict(diffusion.weighting_settings),
         noise=diffusion.noise,
@@ -224,8 +232,6 @@ def _null_prompt(text, text_params, tokenizer, data: DataConfig) -> tuple[Array,
 
 
 def _batch_keys(key: Array, batch_size: int, mesh: Mesh) -> Array:
-    from vdiff_jax.training.step import sample_keys
-
     return jax.device_put(sample_keys(key, batch_size), parallel.batch_sharding(mesh))
 
 
@@ -241,8 +247,6 @@ def _latent_statistics(encode: Callable[[Array], Array], stream: Stream, batches
 
 
 def _save_sheet(workdir: Path, step: int, sheet: np.ndarray) -> None:
-    from PIL import Image
-
     folder = workdir / "samples"
     folder.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet).save(folder / f"{step:07d}.png")
+    save_image(folder / f"{step:07d}.png", sheet)

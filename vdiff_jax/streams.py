@@ -54,8 +54,20 @@ def shard(raw: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda value: jax.make_array_from_process_local_data(sharding, np.asarray(value)), raw)
 
 
-def make_stream(data: DataConfig, *, seed: int, tokenizer: Tokenizer | None, split: str | None = None) -> Stream:
-    """The stream of a data configuration; without a tokenizer the batches carry no prompts."""
+def make_stream(
+    data: DataConfig,
+    *,
+    seed: int,
+    tokenizer: Tokenizer | None,
+    anchor_rate: float = 0.0,
+    digest: str | None = None,
+    split: str | None = None,
+) -> Stream:
+    """The stream of a data configuration; without a tokenizer the batches carry no prompts.
+
+    anchor_rate: share of windows that open with an anchor frame (`Mixture.anchor_probability`). digest: of the
+    autoencoder in use, so that a latent cache of another one is refused.
+    """
 
     def encode(captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
         assert tokenizer is not None
@@ -74,14 +86,14 @@ def make_stream(data: DataConfig, *, seed: int, tokenizer: Tokenizer | None, spl
             split=split or data.split,
             strides=data.strides,
             stride_weights=data.stride_weights,
-            anchor_rate=data.anchor_rate,
+            anchor_rate=anchor_rate,
             **process,
         )
         return Stream(host, _renderer(world), lambda: vocabulary(world))
     from vdiff_jax.data.loader import Loader
     from vdiff_jax.data.sources import make_source
 
-    source = make_source(data, split or data.split)
+    source = make_source(data, split or data.split, digest, anchor_rate)
     host = Loader(source, encode_prompts, data.batch_size, seed=seed, num_workers=data.num_workers, **process)
     return Stream(host, lambda batch: batch, source.captions)
 

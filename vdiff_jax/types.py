@@ -17,7 +17,7 @@ The noise level is `logsnr = 2 log(alpha / sigma)`, one number per frame, `[b f]
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, dataclass_transform
 
 import jax
 from jaxtyping import Bool, Float, Int
@@ -41,6 +41,7 @@ Batch: TypeAlias = dict[str, Array]
 """
 
 
+@dataclass_transform(frozen_default=True)
 def _struct(cls):
     """Frozen dataclass whose fields are all pytree children."""
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vdiff_jax.diffusion.patterns import ROWS, Mixture, draw_batch, draw_times
+from vdiff_jax.diffusion.patterns import ROWS, Mixture, draw_batch
 from vdiff_jax.diffusion.schedule import Cosine
 
 DRAWS, F, H, W = 6000, 8, 6, 5
@@ -16,16 +16,10 @@ SCHEDULE = Cosine()
 
 @pytest.fixture(scope="module")
 def drawn():
-    """Times, anchors and patterns of many clips, as numpy."""
-
-    @jax.jit
-    def draw(key):
-        times_key, pattern_key = jax.random.split(key)
-        times, anchor = jax.vmap(lambda key: draw_times(key, Mixture(), F))(jax.random.split(times_key, DRAWS))
-        return times, anchor, draw_batch(pattern_key, Mixture(), SCHEDULE, DRAWS, F, H, W, anchor)
-
-    times, anchor, pattern = draw(jax.random.key(0))
-    return np.asarray(times), np.asarray(anchor), jax.tree.map(np.asarray, pattern)
+    """Anchors, delivered at the mixture's rate as a loader would, and patterns of many clips, as numpy."""
+    anchor = np.random.default_rng(0).random(DRAWS) < Mixture().anchor_probability()
+    draw = jax.jit(lambda key, anchor: draw_batch(key, Mixture(), SCHEDULE, DRAWS, F, H, W, anchor))
+    return anchor, jax.tree.map(np.asarray, draw(jax.random.key(0), anchor))
 
 
 def whole_frames(pattern):
@@ -38,7 +32,7 @@ def close_to(share, probability, draws=DRAWS):
 
 
 def test_rows_have_their_probabilities_with_anchors_in_use(drawn):
-    _, anchor, pattern = drawn
+    anchor, pattern = drawn
     mixture = Mixture()
     for number, row in enumerate(ROWS):
         assert close_to((pattern.row == number).mean(), getattr(mixture, row)), row
@@ -52,19 +46,19 @@ def test_rows_have_their_probabilities_without_anchors():
 
 
 def test_something_is_always_unknown_and_masks_are_binary(drawn):
-    _, _, pattern = drawn
+    _, pattern = drawn
     assert set(np.unique(pattern.mask)) == {0.0, 1.0}
     assert (pattern.mask == 0).any(axis=(1, 2, 3, 4)).all()
 
 
 def test_text_to_video_and_independent_rows_know_nothing(drawn):
-    _, _, pattern = drawn
+    _, pattern = drawn
     for row in ("text_to_video", "independent"):
         assert pattern.mask[pattern.row == ROWS.index(row)].max() == 0
 
 
 def test_known_frames_are_whole_and_of_every_kind(drawn):
-    _, anchor, pattern = drawn
+    anchor, pattern = drawn
     chosen = (pattern.row == ROWS.index("known_frames")) & ~anchor
     frames = whole_frames(pattern)[chosen]
     np.testing.assert_array_equal(pattern.mask[chosen].mean(axis=(2, 3, 4)), frames)
@@ -80,22 +74,15 @@ def test_known_frames_are_whole_and_of_every_kind(drawn):
 
 
 def test_anchored_clips_know_the_anchor_and_a_prefix_behind_it(drawn):
-    times, anchor, pattern = drawn
+    anchor, pattern = drawn
     frames = whole_frames(pattern)[anchor]
     assert (pattern.row[anchor] == ROWS.index("known_frames")).all()
     assert frames[:, :2].all()  # the anchor and at least one frame
     assert (np.diff(frames.astype(int), axis=1) <= 0).all() and not frames[:, -1].any()
-    gap = times[anchor, 1] - times[anchor, 0]
-    assert gap.min() >= 8 and gap.max() <= 64 and gap.max() > 50
-    stride = np.diff(times[:, 1:], axis=1)
-    assert (stride == stride[:, :1]).all()
-    for value, probability in ((1, 0.7), (2, 0.2), (4, 0.1)):
-        assert close_to((stride[:, 0] == value).mean(), probability)
-    np.testing.assert_array_equal(times[~anchor, 0], 0)
 
 
 def test_unknown_frames_share_one_level_but_for_ramps_and_independent_rows(drawn):
-    _, _, pattern = drawn
+    _, pattern = drawn
     shared = np.isin(pattern.row, [0, 1, 2])
     assert np.ptp(pattern.logsnr[shared], axis=1).max() == 0
     assert (np.ptp(pattern.logsnr[pattern.row == ROWS.index("independent")], axis=1) > 1).mean() > 0.99
@@ -103,7 +90,7 @@ def test_unknown_frames_share_one_level_but_for_ramps_and_independent_rows(drawn
 
 
 def test_levels_are_those_of_the_schedule(drawn):
-    _, _, pattern = drawn
+    _, pattern = drawn
     quantiles = np.linspace(0.05, 0.95, 19)
     for row in ("text_to_video", "independent"):
         u = np.asarray(SCHEDULE.u(jnp.asarray(pattern.logsnr[pattern.row == ROWS.index(row)])))
@@ -111,7 +98,7 @@ def test_levels_are_those_of_the_schedule(drawn):
 
 
 def test_ramps_are_linear_between_the_ends_of_the_range(drawn):
-    _, _, pattern = drawn
+    _, pattern = drawn
     ramps = pattern.row == ROWS.index("ramp")
     levels = pattern.logsnr[ramps]
     slopes = np.diff(levels, axis=1)
@@ -130,7 +117,7 @@ def test_ramps_are_linear_between_the_ends_of_the_range(drawn):
 
 
 def test_holes_leave_most_known_and_a_third_have_known_ends(drawn):
-    _, _, pattern = drawn
+    _, pattern = drawn
     holes = pattern.mask[pattern.row == ROWS.index("hole")][..., 0]
     unknown = (holes == 0).sum(axis=(2, 3))
     ends_known = (unknown[:, 0] == 0) & (unknown[:, -1] == 0)
@@ -142,7 +129,7 @@ def test_holes_leave_most_known_and_a_third_have_known_ends(drawn):
 
 
 def test_context_is_clean_in_half_of_the_clips_and_noisy_in_range_else(drawn):
-    _, _, pattern = drawn
+    _, pattern = drawn
     level = pattern.context_logsnr
     np.testing.assert_array_equal(level, np.broadcast_to(level[:, :1], level.shape))
     clean = level[:, 0] == 10
@@ -167,13 +154,6 @@ def test_small_clips_keep_the_promises(frames, size):
         assert mask[::4, 0].all()
 
 
-def test_images_have_no_anchor():
-    times, anchor = draw_times(jax.random.key(0), Mixture(), 1)
-    assert times.shape == (1,) and not bool(anchor)
-
-
 def test_probabilities_must_sum_to_one():
     with pytest.raises(ValueError, match=r"rows sum to 1\.1"):
         dataclasses.replace(Mixture(), hole=0.25)
-    with pytest.raises(ValueError, match=r"strides sum to 0\.9"):
-        dataclasses.replace(Mixture(), stride_probabilities=(0.7, 0.2))

@@ -57,7 +57,10 @@ def test_frame_conv_is_a_correlation_of_every_frame(stride, padding):
             sum(
                 np.stack(
                     [
-                        [signal.correlate2d(padded[b, f, :, :, i], params["kernel"][:, :, i, o], "valid") for f in range(3)]
+                        [
+                            signal.correlate2d(padded[b, f, :, :, i], params["kernel"][:, :, i, o], "valid")
+                            for f in range(3)
+                        ]
                         for b in range(2)
                     ]
                 )

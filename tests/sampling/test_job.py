@@ -7,7 +7,6 @@ import pytest
 
 from vdiff_jax.diffusion.schedule import Cosine, LinearLogSNR
 from vdiff_jax.sampling import job as jobs
-from vdiff_jax.types import Known
 
 SCHEDULE, STEPS, B, F = LinearLogSNR(), 4, 2, 6
 GRID = np.linspace(-10, 10, STEPS + 1)
@@ -71,14 +70,6 @@ def test_known_frames_by_index_and_by_vector():
         jobs.known_frames(latents, [6])
     with pytest.raises(ValueError, match="the clip has 6 frames"):
         jobs.known_frames(latents, np.ones(5, bool))
-
-
-def test_a_frame_has_its_context_level_only_when_known_entirely():
-    mask = np.ones((1, 3, 2, 2, 1), np.float32)
-    mask[0, 1, 0, 1] = 0
-    mask[0, 2] = 0
-    known = Known(jnp.zeros((1, 3, 2, 2, 1)), jnp.asarray(mask), jnp.array([[7.0, 8.0, 9.0]]))
-    np.testing.assert_array_equal(jobs.frame_logsnr(known, jnp.array([[1.0, 2.0, 3.0]])), [[7, 2, 3]])
 
 
 def test_text_to_video_starts_from_unit_noise_of_each_key():

@@ -267,18 +267,19 @@ class SyntheticSource:
         }
 
 
-def make_source(data: Any, split: str = "train", digest: str | None = None) -> Source:
+def make_source(data: Any, split: str = "train", digest: str | None = None, anchor_rate: float = 0.0) -> Source:
     """The source a data configuration asks for.
 
     data: has the fields `source` ("folder", "tfds" or "synthetic"), `folder`, `size`, `num_frames`, `native_fps`,
-        `strides`, `stride_weights`, `anchor_rate`, `video_key`, `captions_key` and `latent_cache` (a folder of encoded
+        `strides`, `stride_weights`, `video_key`, `captions_key` and `latent_cache` (a folder of encoded
         clips to read instead, or ""); optional `holdout`, the share of clips kept out of "train" (default 0.1).
     digest: the autoencoder in use; a latent cache of another one is refused.
+    anchor_rate: share of windows that open with an anchor frame.
     """
     from vdiff_jax.data.latent_cache import LatentCache
     from vdiff_jax.data.tfds_source import TfdsSource
 
-    windows = Windows(data.num_frames, tuple(data.strides), tuple(data.stride_weights), data.anchor_rate)
+    windows = Windows(data.num_frames, tuple(data.strides), tuple(data.stride_weights), anchor_rate)
     holdout = getattr(data, "holdout", 0.1)
     if data.latent_cache:
         return LatentCache(data.latent_cache, windows, digest, split, holdout)

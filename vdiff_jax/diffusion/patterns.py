@@ -41,12 +41,11 @@ class Mixture:
 
     text_to_video .. independent: of the rows, sum 1.
     prefix .. suffix: of the kinds within the row known_frames, sum 1.
-    anchor: share of the prefix clips that open with an anchor `anchor_distance_min..max` native frames before.
+    anchor: share of the prefix clips that open with an anchor; the loader cuts them, see `anchor_probability`.
     clean_context: share of clips whose known tokens are clean (level context_logsnr_max); the others show them at a
         uniform level in context_logsnr_min..context_logsnr_max.
     hole_with_ends: share of the holes whose first and last frames are known entirely.
     rising_ramp: share of the ramps with later frames cleaner; the others have later frames noisier.
-    strides, stride_probabilities: frame intervals of a clip, in native frames.
     """
 
     text_to_video: float = 0.35
@@ -61,25 +60,21 @@ class Mixture:
     random_frames: float = 0.15
     suffix: float = 0.05
     anchor: float = 0.5
-    anchor_distance_min: float = 8.0
-    anchor_distance_max: float = 64.0
     clean_context: float = 0.5
     context_logsnr_min: float = 3.0
     context_logsnr_max: float = 10.0
     hole_with_ends: float = 1 / 3
     rising_ramp: float = 0.2
-    strides: tuple[int, ...] = (1, 2, 4)
-    stride_probabilities: tuple[float, ...] = (0.7, 0.2, 0.1)
 
     def __post_init__(self):
         rows = sum(getattr(self, row) for row in ROWS)
         kinds = sum(getattr(self, kind) for kind in _CHOICES[1:7])
-        for name, total in (("rows", rows), ("known-frame kinds", kinds), ("strides", sum(self.stride_probabilities))):
+        for name, total in (("rows", rows), ("known-frame kinds", kinds)):
             if abs(total - 1) > 1e-6:
                 raise ValueError(f"the probabilities of the mixture's {name} sum to {total:.6g}; make them sum to 1.")
 
     def anchor_probability(self) -> float:
-        """Share of all clips that open with an anchor."""
+        """Share of all clips that open with an anchor: what the loader must deliver."""
         return self.known_frames * self.prefix * self.anchor
 
 
@@ -94,24 +89,6 @@ class Pattern(NamedTuple):
     mask: Array
     logsnr: Array
     context_logsnr: Array
-
-
-def draw_times(key: Array, mixture: Mixture, num_frames: int) -> tuple[Array, Array]:
-    """Time stamps of one clip's frames, `[f]` in native frame intervals, and whether frame 0 is an anchor.
-
-    Without anchor: `stride * (0, 1, ...)`. With: frame 0 lies U(8, 64) before the others, which start at 0.
-    """
-    stride_key, anchor_key, distance_key = jax.random.split(key, 3)
-    stride = jax.random.choice(
-        stride_key, jnp.asarray(mixture.strides, jnp.float32), p=jnp.asarray(mixture.stride_probabilities)
-    )
-    times = stride * jnp.arange(num_frames, dtype=jnp.float32)
-    if num_frames < 2:
-        return times, jnp.zeros((), bool)
-    anchor = jax.random.bernoulli(anchor_key, mixture.anchor_probability())
-    distance = jax.random.uniform(distance_key, minval=mixture.anchor_distance_min, maxval=mixture.anchor_distance_max)
-    with_anchor = jnp.concatenate([-distance[None], times[:-1]])
-    return jnp.where(anchor, with_anchor, times), anchor
 
 
 def draw_batch(

@@ -1,9 +1,9 @@
 """Model folders: one safetensors file and one json entry per component.
 
-    folder/
-      config.json              {"format": ..., "components": {name: config}, ...settings}
-      <component>.safetensors  one tensor per parameter, named by its dotted path
-      tokenizer.json           where the model has a prompt
+folder/
+  config.json              {"format": ..., "components": {name: config}, ...settings}
+  <component>.safetensors  one tensor per parameter, named by its dotted path
+  tokenizer.json           where the model has a prompt
 """
 
 from __future__ import annotations
@@ -37,10 +37,7 @@ def unflatten_like(flat: dict[str, np.ndarray], abstract: Params, source: str) -
 
     Raises ValueError listing every key that is missing, not expected, or of another shape.
     """
-    wanted = {
-        path_name(path): tuple(leaf.shape)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)
-    }
+    wanted = {path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
     problems = [f"missing {name} {wanted[name]}" for name in wanted.keys() - flat.keys()]
     problems += [f"unexpected {name} {flat[name].shape}" for name in flat.keys() - wanted.keys()]
     problems += [
@@ -50,9 +47,7 @@ def unflatten_like(flat: dict[str, np.ndarray], abstract: Params, source: str) -
     ]
     if problems:
         raise ValueError(f"{source} does not fit the model: {'; '.join(sorted(problems))}")
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: flat[path_name(path)].astype(leaf.dtype), abstract
-    )
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: flat[path_name(path)].astype(leaf.dtype), abstract)
 
 
 def save_tensors(path: str | Path, params: Params, dtype: str = "float32") -> None:
@@ -63,6 +58,7 @@ def save_tensors(path: str | Path, params: Params, dtype: str = "float32") -> No
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file(tensors, temporary, metadata={"format": FORMAT})
+        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

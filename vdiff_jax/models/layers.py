@@ -177,7 +177,7 @@ class Upsample(nnx.Module):
 
 
 def sinusoidal_embedding(position: Array, features: int, *, max_period: float = 10_000.0) -> Array:
-    """`[...] -> [... features]`, cosines then sines of geometric frequencies 1 .. 1/max_period (Vaswani et al. 2017)."""
+    """`[...] -> [... features]`: cosines, then sines, of frequencies 1 .. 1/max_period (Vaswani et al. 2017)."""
     half = features // 2
     frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
     angles = position.astype(jnp.float32)[..., None] * frequencies.reshape((1,) * position.ndim + (-1,))

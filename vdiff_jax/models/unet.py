@@ -125,7 +125,8 @@ class VideoUNet(nnx.Module):
         block_size = 2 ** (len(config.channels) - 1)
         if z.shape[2] % block_size or z.shape[3] % block_size:
             raise ValueError(
-                f"latents are {z.shape[2]}x{z.shape[3]}, but {len(config.channels)} levels need multiples of {block_size}"
+                f"latents are {z.shape[2]}x{z.shape[3]}, but {len(config.channels)} levels need multiples "
+                f"of {block_size}"
             )
         level = known_mask * context_logsnr[:, :, None, None, None] / 10.0
         # A frame known in all its tokens is at its context level, whatever the level of the others.

@@ -20,7 +20,7 @@ import numpy as np
 
 from vdiff_jax.diffusion.noise import draw_noise
 from vdiff_jax.diffusion.schedule import Schedule, grid
-from vdiff_jax.types import Array, Job, Known, Latents, LogSNR
+from vdiff_jax.types import Array, Job, Known, Latents
 
 CLEAN_LOGSNR = 10.0
 """The level at which clean context is shown: sigma / alpha is 0.7 %, the cleanest a model sees in training."""
@@ -31,14 +31,6 @@ START_STREAM, CONTEXT_STREAM, STEP_STREAM = 0, 1, 2
 def stream(keys: Array, number: int | Array) -> Array:
     """Keys `[b]` of an independent stream of each sample."""
     return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
-
-
-def frame_logsnr(known: Known, logsnr: LogSNR) -> LogSNR:
-    """The level of a frame as a whole, `[b f]`: its context level where all of it is known, else `logsnr`."""
-    return jnp.where(jnp.all(known.mask > 0.5, axis=(2, 3, 4)), known.logsnr, logsnr)
-
-
-# Known context ---------------------------------------------------------------------------------------------------
 
 
 def nothing_known(shape: Sequence[int], dtype: Any = jnp.float32) -> Known:

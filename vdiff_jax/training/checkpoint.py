@@ -44,7 +44,9 @@ class Checkpoints:
             step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         )
 
-    def restore(self, abstract: TrainState, shardings: Any, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
+    def restore(
+        self, abstract: TrainState, shardings: Any, step: int | None = None
+    ) -> tuple[TrainState, dict[str, Any]]:
         """The newest checkpoint (or `step`) onto `shardings`, whatever mesh wrote it.
 
         abstract: a tree of ShapeDtypeStructs. Raises ValueError naming every leaf that is missing or of another shape.
@@ -84,4 +86,3 @@ class Checkpoints:
     def close(self) -> None:
         self._manager.wait_until_finished()
         self._manager.close()
-

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from vdiff_jax.diffusion import loss as losses
-from vdiff_jax.diffusion import patterns, prediction
+from vdiff_jax.diffusion import patterns
 from vdiff_jax.diffusion.noise import draw_noise
-from vdiff_jax.diffusion.process import add_noise
+from vdiff_jax.diffusion.process import add_noise, token_logsnr
 from vdiff_jax.types import Array, Batch, Conditioning, Params, PredictFn
 
 EncodeText = Callable[[Params, Array, Array], Array]
@@ -41,7 +41,8 @@ def make_diffusion_loss(
     (encoded by `encode_text(params, tokens, mask)`) or ready `text [b n d]`/`token_mask`; null_prompt is the pair
     (tokens or features [n ...], mask [n]) that replaces a dropped prompt.
     """
-    edges = jnp.linspace(schedule.logsnr_min, schedule.logsnr_max, log_bins + 1)
+    # A zero-terminal-SNR table starts at -inf; its bins start where the process is noise for all purposes.
+    edges = jnp.linspace(max(schedule.logsnr_min, -20.0), min(schedule.logsnr_max, 20.0), log_bins + 1)
 
     def loss_fn(params: Params, batch: Batch, keys: Array) -> tuple[Array, dict[str, Array]]:
         x = batch["latents"]
@@ -50,15 +51,13 @@ def make_diffusion_loss(
         drawn = patterns.draw_batch(
             pattern_key, mixture, schedule, batch_size, num_frames, height, width, batch.get("anchor")
         )
-        token_logsnr = jnp.where(
-            drawn.mask > 0.5, _frames(drawn.context_logsnr), jnp.broadcast_to(_frames(drawn.logsnr), drawn.mask.shape)
-        )
+        tokens = token_logsnr(drawn.logsnr, drawn.mask, drawn.context_logsnr)
         eps = draw_noise(noise_keys, x.shape[1:], noise)
-        z = add_noise(x, eps, token_logsnr)
+        z = add_noise(x, eps, tokens)
         cond = _conditioning(params, batch, drop_keys)
         output = predict_fn(params, z, drawn.logsnr, drawn.mask, drawn.context_logsnr, cond)
         per_sample, eps_loss = losses.diffusion_loss(
-            output, kind, x, eps, z, token_logsnr, drawn.mask, weighting=weighting, **weighting_settings
+            output, kind, x, eps, z, tokens, drawn.mask, weighting=weighting, **weighting_settings
         )
         level = jnp.mean(drawn.logsnr, axis=1)
         bin_sum, bin_count = losses.loss_by_bin(level, eps_loss, edges)
@@ -95,17 +94,6 @@ def predictor(apply: Callable[..., Array], name: str = "unet") -> PredictFn:
         return apply(params[name], z, logsnr, known_mask, context_logsnr, cond)
 
     return predict_fn
-
-
-def check_kind(kind: str) -> str:
-    """Raises ValueError for an unknown prediction kind."""
-    if kind not in prediction.KINDS:
-        raise ValueError(f"diffusion.prediction={kind!r}: choose one of {', '.join(prediction.KINDS)}")
-    return kind
-
-
-def _frames(per_frame: Array) -> Array:
-    return per_frame[:, :, None, None, None]
 
 
 def _split_keys(keys: Array) -> tuple[Array, Array, Array]:
