@@ -45,7 +45,7 @@ def main(_: list[str]) -> int:
     check_writable(out)  # before any work is spent
     interval = tuple(float(value) for value in _INTERVAL.value) if _INTERVAL.value else (-float("inf"), float("inf"))
     if len(interval) != 2:
-        raise ValueError(f"--guidance_interval={','.join(_INTERVAL.value)}: give two numbers, low,high")
+        raise ValueError(f"--guidance_interval={_INTERVAL.value}: give two numbers, low,high")
     print(f"loading {_MODEL.value}", file=sys.stderr)
     model = load(_MODEL.value)
     steps = _STEPS.value or model.settings.steps

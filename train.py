@@ -41,7 +41,7 @@ def main(_: list[str]) -> int:
         parallel.start_distributed()
     recipe = _CONFIG.value
     mesh = parallel.make_mesh(**recipe.parallel)
-    workdir = Path(_WORKDIR.value)
+    workdir = Path(_WORKDIR.value or ".")
     workdir.mkdir(parents=True, exist_ok=True)
     first = jax.process_index() == 0
     if first:

@@ -7,12 +7,10 @@ Clips are rendered on the fly, so no data is needed. 8-frame windows with stride
 cost of 16 frames; `configs/shapes_16.py` goes on from here with whole clips.
 """
 
-from ml_collections import ConfigDict
-
-from vdiff_jax.recipe import default_recipe
+from vdiff_jax.recipe import Recipe, default_recipe
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Recipe:
     config = default_recipe("diffusion")
     config.model.autoencoder_from = "runs/shapes_autoencoder"
     config.model.text_encoder.update(features=64, hidden_features=128, layers=2, head_dim=32)

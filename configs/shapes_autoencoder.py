@@ -5,12 +5,10 @@
 Clips are rendered on the fly, so no data is needed. About 18 minutes on 2 CPU cores for 1.5 M parameters.
 """
 
-from ml_collections import ConfigDict
-
-from vdiff_jax.recipe import default_recipe
+from vdiff_jax.recipe import Recipe, default_recipe
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Recipe:
     config = default_recipe("autoencoder")
     config.model.autoencoder.update(channels=(24, 48, 96), latent_channels=4, norm_groups=8)
     config.data.update(

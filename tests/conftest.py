@@ -1,4 +1,4 @@
-"""Settings every test shares: simulated devices, the compile cache, strict shapes."""
+"""Settings every test shares: simulated devices, the compile cache, strict shapes, one tiny model."""
 
 import os
 
@@ -8,8 +8,25 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax
+import pytest
 from absl import flags
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 if not flags.FLAGS.is_parsed():  # grain's worker processes read absl flags
     flags.FLAGS(["pytest"])
+
+
+@pytest.fixture(scope="session")
+def model():
+    """The shared toy model, see tiny_model.py; its jitted functions stay warm over the session."""
+    from tiny_model import tiny_model
+
+    return tiny_model()
+
+
+@pytest.fixture(scope="session")
+def model_folder(model, tmp_path_factory):
+    """The same model as a saved folder; read only."""
+    folder = tmp_path_factory.mktemp("tiny_model")
+    model.save_pretrained(folder)
+    return folder

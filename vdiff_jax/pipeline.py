@@ -27,9 +27,9 @@ from vdiff_jax.data.video_io import Clip
 from vdiff_jax.diffusion.schedule import make_schedule
 from vdiff_jax.interop import pretrained
 from vdiff_jax.sampling.guidance import classifier_free, make_denoise_fn
-from vdiff_jax.sampling.job import text_to_video_job
+from vdiff_jax.sampling.job import nothing_known, text_to_video_job
 from vdiff_jax.sampling.samplers import make_sampler, sample
-from vdiff_jax.types import Array, Conditioning, Latents, Params
+from vdiff_jax.types import Array, Conditioning, Known, Latents, Params
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -81,10 +81,10 @@ class VideoDiffusion:
         return self._encode_text(self.params["text_encoder"], tokens, mask), mask
 
     @overload
-    def generate(self, prompt: str, **settings: Any) -> Clip: ...
+    def generate(self, prompt: str = ..., **settings: Any) -> Clip: ...
     @overload
     def generate(self, prompt: Sequence[str], **settings: Any) -> list[Clip]: ...
-    def generate(
+    def generate(  # pyright: ignore[reportInconsistentOverload]
         self,
         prompt: str | Sequence[str] = "",
         *,
@@ -164,20 +164,62 @@ class VideoDiffusion:
         stride: float = 1.0,
     ) -> Latents:
         """As `generate`, but final latents `[b f h w c]`; `keys [b]`, one per clip."""
+        num_frames = self.settings.num_frames if num_frames is None else num_frames
+        if num_frames < 1:
+            raise ValueError(f"num_frames={num_frames}: it must be at least 1")
+        channels = self.components["unet"].config.latent_channels
+        return self.complete(
+            nothing_known((len(prompts), num_frames, *self._latent_size(size), channels)),
+            prompts,
+            keys=keys,
+            times=stride * jnp.arange(num_frames, dtype=jnp.float32),
+            negative_prompt=negative_prompt,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
+            sampler=sampler,
+            eta=eta,
+        )
+
+    def complete(
+        self,
+        known: Known,
+        prompts: Sequence[str] | None = None,
+        *,
+        keys: Array,
+        times: Array | None = None,
+        negative_prompt: str = "",
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] = (-jnp.inf, jnp.inf),
+        guidance_rescale: float = 0.0,
+        sampler: str | None = None,
+        eta: float | None = None,
+    ) -> Latents:
+        """Generate what is not known: prediction, interpolation, holes; with nothing known, text-to-video.
+
+        Args:
+            known: context latents `[b f h w c]` and mask, see `sampling.known_frames`.
+            prompts: one per clip; None stands for empty ones.
+            keys: `[b]`, one per clip. times: time stamps `[f]` or `[b f]`, default 0, 1, 2, ...
+        Returns:
+            Final latents `[b f h w c]`, equal to `known.latents` where they are known. Other settings: see `generate`.
+        """
         settings = self.settings
-        num_frames = settings.num_frames if num_frames is None else num_frames
         steps = settings.steps if steps is None else steps
         scale = settings.guidance_scale if guidance_scale is None else guidance_scale
-        for name, value in (("num_frames", num_frames), ("steps", steps)):
-            if value < 1:
-                raise ValueError(f"{name}={value}: it must be at least 1")
-        shape = (num_frames, *self._latent_size(size), self.components["unet"].config.latent_channels)
-        times = jnp.broadcast_to(stride * jnp.arange(num_frames, dtype=jnp.float32), (len(prompts), num_frames))
+        if steps < 1:
+            raise ValueError(f"steps={steps}: it must be at least 1")
+        batch, num_frames = known.latents.shape[:2]
+        times = jnp.arange(num_frames, dtype=jnp.float32) if times is None else jnp.asarray(times, jnp.float32)
+        times = jnp.broadcast_to(times if times.ndim == 2 else times[None], (batch, num_frames))
         cond, uncond = Conditioning(None, None, times), None
         if "text_encoder" in self.components:
-            cond = Conditioning(*self.encode_prompts(prompts), times)
-            uncond = Conditioning(*self.encode_prompts([negative_prompt] * len(prompts)), times)
-        job = text_to_video_job(keys, shape, self.schedule, steps, cond, settings.noise)
+            cond = Conditioning(*self.encode_prompts([""] * batch if prompts is None else prompts), times)
+            uncond = Conditioning(*self.encode_prompts([negative_prompt] * batch), times)
+        job = text_to_video_job(keys, known.latents.shape, self.schedule, steps, cond, settings.noise)
+        job = dataclasses.replace(job, known=known)
         run = self._sample_fn(guided=uncond is not None and scale != 1.0, rescale=guidance_rescale > 0)
         guidance = jnp.asarray([scale, *guidance_interval, guidance_rescale], jnp.float32)
         return run(self.params["unet"], job, make_sampler(sampler or settings.sampler, eta), uncond, guidance, keys)

@@ -7,7 +7,7 @@ locked, an unknown key fails in the recipe and on the command line alike, with t
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict
 
@@ -99,7 +99,11 @@ class TrainConfig(LoopConfig):
         return LoopConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(LoopConfig)})
 
 
-def default_recipe(stage: str = "diffusion") -> ConfigDict:
+Recipe: TypeAlias = Any
+"""An ml_collections.ConfigDict; its attributes are known at run time only."""
+
+
+def default_recipe(stage: str = "diffusion") -> Recipe:
     """Every setting with its default, locked.
 
     model.autoencoder_from: a run folder, saved folder or bundled name whose autoencoder is used (diffusion stage).
@@ -108,7 +112,7 @@ def default_recipe(stage: str = "diffusion") -> ConfigDict:
     """
     if stage not in STAGES:
         raise ValueError(f"config.stage={stage!r}: choose one of {', '.join(STAGES)}")
-    recipe = ConfigDict()
+    recipe: Recipe = ConfigDict()
     recipe.stage = stage
     recipe.seed = 0
     recipe.model = ConfigDict({name: dataclasses.asdict(config()) for name, (config, _) in KINDS.items()})
@@ -124,6 +128,7 @@ def default_recipe(stage: str = "diffusion") -> ConfigDict:
     recipe.sample = ConfigDict(dataclasses.asdict(SampleConfig()))
     recipe.parallel = ConfigDict(dict(data=-1, fsdp=1))
     recipe.lock()
+    free: Recipe
     for free in (
         recipe.data.world_overrides,
         recipe.diffusion.schedule_settings,
@@ -133,7 +138,7 @@ def default_recipe(stage: str = "diffusion") -> ConfigDict:
     return recipe
 
 
-def data_config(recipe: ConfigDict) -> DataConfig:
+def data_config(recipe: Recipe) -> DataConfig:
     """Raises ValueError for a value that cannot work."""
     config: DataConfig = make_config(DataConfig, recipe.data.to_dict(), "data")
     if config.source not in SOURCES:
@@ -148,12 +153,12 @@ def data_config(recipe: ConfigDict) -> DataConfig:
     return config
 
 
-def diffusion_config(recipe: ConfigDict) -> tuple[DiffusionConfig, Mixture]:
+def diffusion_config(recipe: Recipe) -> tuple[DiffusionConfig, Mixture]:
     settings = recipe.diffusion.to_dict()
     mixture = make_config(Mixture, settings.pop("mixture"), "diffusion.mixture")
     return make_config(DiffusionConfig, settings, "diffusion"), mixture
 
 
-def section(recipe: ConfigDict, name: str, config_class: type) -> Any:
+def section(recipe: Recipe, name: str, config_class: type) -> Any:
     """`recipe.<name>` as a frozen dataclass."""
     return make_config(config_class, recipe[name].to_dict(), name)

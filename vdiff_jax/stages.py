@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from vdiff_jax import parallel
 from vdiff_jax.components import Component, make_component
@@ -24,7 +23,7 @@ from vdiff_jax.diffusion.prediction import check_kind
 from vdiff_jax.diffusion.schedule import make_schedule
 from vdiff_jax.models.autoencoder import latents_from_moments, sample_moments
 from vdiff_jax.pipeline import Settings, VideoDiffusion, load
-from vdiff_jax.recipe import DataConfig, SampleConfig, data_config, diffusion_config, section
+from vdiff_jax.recipe import DataConfig, Recipe, SampleConfig, data_config, diffusion_config, section
 from vdiff_jax.streams import Stream, make_stream
 from vdiff_jax.training.autoencoder_loss import AutoencoderLossConfig, make_autoencoder_loss
 from vdiff_jax.training.diffusion_objective import make_diffusion_loss, predictor
@@ -48,7 +47,7 @@ class Stage:
     finish: Callable[[TrainState, Path], None]
 
 
-def make_stage(recipe: ConfigDict, mesh: Mesh, workdir: Path) -> Stage:
+def make_stage(recipe: Recipe, mesh: Mesh, workdir: Path) -> Stage:
     """The stage that `recipe.stage` names."""
     data = data_config(recipe)
     parallel.check_batch_size(data.batch_size, mesh)
@@ -56,7 +55,7 @@ def make_stage(recipe: ConfigDict, mesh: Mesh, workdir: Path) -> Stage:
     return build(recipe, data, mesh, workdir)
 
 
-def _autoencoder_stage(recipe: ConfigDict, data: DataConfig, mesh: Mesh, workdir: Path) -> Stage:
+def _autoencoder_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Path) -> Stage:
     component = make_component("autoencoder", recipe.model.autoencoder.to_dict())
     stream = make_stream(data, seed=recipe.seed, tokenizer=None)
     start = load(recipe.model.init_from).params["autoencoder"] if recipe.model.init_from else None
@@ -101,7 +100,7 @@ def _autoencoder_stage(recipe: ConfigDict, data: DataConfig, mesh: Mesh, workdir
     return Stage(init, loss_fn, lambda step: stream.starting_at(step, mesh), on_sample, finish)
 
 
-def _diffusion_stage(recipe: ConfigDict, data: DataConfig, mesh: Mesh, workdir: Path) -> Stage:
+def _diffusion_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Path) -> Stage:
     diffusion, mixture = diffusion_config(recipe)
     schedule = make_schedule(diffusion.schedule, **diffusion.schedule_settings)
     check_kind(diffusion.prediction, schedule.logsnr_min)
@@ -201,7 +200,7 @@ def _diffusion_stage(recipe: ConfigDict, data: DataConfig, mesh: Mesh, workdir: 
 
 
 def _text_encoder(
-    recipe: ConfigDict, data: DataConfig, start: VideoDiffusion | None
+    recipe: Recipe, data: DataConfig, start: VideoDiffusion | None
 ) -> tuple[Component | None, Params | None, Tokenizer | None]:
     """(component, frozen params or None if trained, tokenizer)."""
     kind = recipe.model.text
@@ -237,7 +236,7 @@ def _batch_keys(key: Array, batch_size: int, mesh: Mesh) -> Array:
 
 def _latent_statistics(encode: Callable[[Array], Array], stream: Stream, batches: int) -> tuple[list, list]:
     """Mean and standard deviation of the raw latents per channel, over the first batches of the stream."""
-    count, total, square = 0, 0.0, 0.0
+    count, total, square = 0, np.zeros(()), np.zeros(())
     for step in range(batches):
         raw = np.asarray(encode(stream.device_batch(step)["video"]), np.float64)
         flat = raw.reshape(-1, raw.shape[-1])

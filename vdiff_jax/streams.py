@@ -74,7 +74,7 @@ def make_stream(
         return tokenizer.encode(captions, data.context_length)
 
     encode_prompts = encode if tokenizer is not None else None
-    process = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    process: dict[str, Any] = dict(process_index=jax.process_index(), process_count=jax.process_count())
     if data.source == "shapes":
         world = make_world(data.world, size=data.size, num_frames=data.world_frames, **tuples(data.world_overrides))
         host = ShapesStream(

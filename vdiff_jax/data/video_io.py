@@ -246,7 +246,7 @@ def _open_av(path: Path) -> Any:
     options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
     try:
         return av.open(f"file:{path}", options=options, metadata_errors="ignore")
-    except (av.error.FFmpegError, OSError, ValueError) as error:
+    except (av.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise VideoError(f"{path} is not a video this library can open ({reason}); give an mp4, webm, mkv, mov, avi, "
                          "gif, webp or png file") from error  # fmt: skip
@@ -308,7 +308,7 @@ def _decode_av(path: Path, info: VideoInfo, limits: Limits, seek_s: float) -> It
                     image = np.ascontiguousarray(np.rot90(image, frame.rotation // 90))
                 yield time, image
                 count += 1
-        except av.error.FFmpegError as error:
+        except av.FFmpegError as error:
             reason = error.strerror or str(error)
             raise VideoError(f"{path} is damaged after {count} frames ({reason}); make or copy it again") from error
         if not count and not seek_s:

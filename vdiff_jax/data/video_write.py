@@ -194,7 +194,8 @@ def _write_gif(frames: np.ndarray, fps: float, metadata: dict[str, Any], path: P
 
     graph = av.filter.Graph()
     h, w = frames.shape[1:3]
-    source = graph.add_buffer(width=w, height=h, format="rgb24", time_base=Fraction(1, 100))
+    pixels: Any = "rgb24"  # the stub asks for an object, the function takes the name
+    source = graph.add_buffer(width=w, height=h, format=pixels, time_base=Fraction(1, 100))
     split, palette = graph.add("split"), graph.add("palettegen", "reserve_transparent=0")
     use, sink = graph.add("paletteuse", "dither=bayer:bayer_scale=4:diff_mode=rectangle"), graph.add("buffersink")
     source.link_to(split)

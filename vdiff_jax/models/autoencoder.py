@@ -12,6 +12,7 @@ Raw is what the network emits and what a latent cache stores; final has zero mea
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,7 @@ class MidBlock(nnx.Module):
     """Residual block, single-head attention over the pixels of each frame, residual block."""
 
     def __init__(self, features: int, *, attention: bool, norm_groups: int, dtype):
-        norm = dict(norm_groups=norm_groups, epsilon=1e-6, dtype=dtype)
+        norm: dict[str, Any] = dict(norm_groups=norm_groups, epsilon=1e-6, dtype=dtype)
         self.resnets = nnx.List([ResBlock(features, features, **norm) for _ in range(2)])
         self.norm = GroupNorm(features, groups=norm_groups, scope="frame", epsilon=1e-6) if attention else None
         self.attention = Attention(features, head_dim=features, use_bias=True, dtype=dtype) if attention else None
@@ -78,7 +79,7 @@ class Encoder(nnx.Module):
 
     def __init__(self, config: AutoencoderConfig):
         dtype = jnp.dtype(config.dtype)
-        norm = dict(norm_groups=config.norm_groups, epsilon=1e-6, dtype=dtype)
+        norm: dict[str, Any] = dict(norm_groups=config.norm_groups, epsilon=1e-6, dtype=dtype)
         width = config.channels[0]
         self.conv_in = FrameConv(3, width, dtype=dtype)
         resnets, downsamplers = [], []
@@ -109,7 +110,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: AutoencoderConfig):
         dtype = jnp.dtype(config.dtype)
-        norm = dict(norm_groups=config.norm_groups, epsilon=1e-6, dtype=dtype)
+        norm: dict[str, Any] = dict(norm_groups=config.norm_groups, epsilon=1e-6, dtype=dtype)
         width = config.channels[-1]
         self.conv_in = FrameConv(config.latent_channels, width, dtype=dtype)
         self.mid = MidBlock(width, attention=config.mid_attention, norm_groups=config.norm_groups, dtype=dtype)

@@ -6,6 +6,8 @@ temporal branches equals the image model it started from, frame by frame.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
@@ -29,7 +31,7 @@ class ResBlock(nnx.Module):
         epsilon: float = 1e-5,
         dtype=jnp.float32,
     ):
-        norm = dict(groups=norm_groups, scope="frame", epsilon=epsilon, dtype=dtype)
+        norm: dict[str, Any] = dict(groups=norm_groups, scope="frame", epsilon=epsilon, dtype=dtype)
         self.norm1 = GroupNorm(in_features, **norm)
         self.conv1 = FrameConv(in_features, out_features, dtype=dtype)
         self.film = Dense(embedding_features, 2 * out_features, init_scale=0.0) if embedding_features else None
@@ -63,7 +65,7 @@ class TransformerLayer(nnx.Module):
     """Pre-norm transformer layer on tokens `[b n d]`: self-attention, cross-attention if asked, feed-forward."""
 
     def __init__(self, features: int, *, text_features: int | None, head_dim: int, implementation: str, dtype):
-        attention = dict(head_dim=head_dim, implementation=implementation, dtype=dtype)
+        attention: dict[str, Any] = dict(head_dim=head_dim, implementation=implementation, dtype=dtype)
         self.norm1 = LayerNorm(features, dtype=dtype)
         self.attn1 = Attention(features, **attention)
         self.norm2 = LayerNorm(features, dtype=dtype) if text_features else None
@@ -150,10 +152,10 @@ class SpaceTimeBlock(nnx.Module):
         implementation: str,
         dtype,
     ):
-        shared = dict(norm_groups=norm_groups, dtype=dtype)
+        shared: dict[str, Any] = dict(norm_groups=norm_groups, dtype=dtype)
         self.res = ResBlock(in_features, out_features, embedding_features, **shared)
         self.temporal_conv = TemporalConvBlock(out_features, embedding_features, **shared)
-        heads = dict(head_dim=head_dim, implementation=implementation, **shared)
+        heads: dict[str, Any] = dict(head_dim=head_dim, implementation=implementation, **shared)
         self.spatial = SpatialTransformer(out_features, text_features=text_features, **heads) if attention else None
         self.temporal = TemporalTransformer(out_features, **heads) if attention else None
 

@@ -76,7 +76,7 @@ class VideoUNet(nnx.Module):
     def __init__(self, config: UNetConfig):
         self.config = config
         dtype = jnp.dtype(config.dtype)
-        block = dict(
+        block: dict[str, Any] = dict(
             embedding_features=config.embedding_features,
             text_features=config.text_features,
             head_dim=config.head_dim,

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -198,9 +198,7 @@ def context_noise(keys: Array, known: Known) -> Latents:
     return draw_noise(stream(keys, CONTEXT_STREAM), known.latents.shape[1:]).astype(known.latents.dtype)
 
 
-def sample(
-    denoise_fn: DenoiseFn, job: Job, sampler: Sampler, keys: Array, *, finish: bool = True
-) -> Latents | tuple[Latents, Latents]:
+def sample(denoise_fn: DenoiseFn, job: Job, sampler: Sampler, keys: Array, *, finish: bool = True) -> Any:
     """Walks the plan of a job.
 
     Args:

@@ -1,0 +1,29 @@
+"""Autoencoder of the film model: 64x64 film frames to 16x16x8 latents.
+
+    python benchmarks/fetch_film.py
+    python train.py --config=configs/film_autoencoder.py --workdir=runs/film_autoencoder
+
+Frame pairs drawn from the training shots of a folder.
+"""
+
+from ml_collections import ConfigDict
+
+from vdiff_jax.recipe import default_recipe
+
+
+def get_config() -> ConfigDict:
+    config = default_recipe("autoencoder")
+    config.model.autoencoder.update(channels=(16, 32, 64), latent_channels=8, norm_groups=8, mid_attention=False)
+    config.data.update(
+        source="folder",
+        folder="runs/film64",
+        size=64,
+        native_fps=8.0,
+        num_frames=2,
+        batch_size=8,
+        strides=(4,),  # frames half a second apart: more variety than neighbours
+        stride_weights=(1.0,),
+    )
+    config.optimizer.update(learning_rate=2e-3, warmup_steps=50, weight_decay=0.0)
+    config.train.update(num_steps=1600, log_steps=20, checkpoint_steps=200, sample_steps=400, ema_decay=0.99)
+    return config
