@@ -25,5 +25,5 @@ def get_config() -> ConfigDict:
         stride_weights=(1.0,),
     )
     config.optimizer.update(learning_rate=2e-3, warmup_steps=50, weight_decay=0.0)
-    config.train.update(num_steps=1600, log_steps=20, checkpoint_steps=200, sample_steps=400, ema_decay=0.99)
+    config.train.update(num_steps=850, log_steps=10, checkpoint_steps=200, sample_steps=400, ema_decay=0.99)
     return config

@@ -7,6 +7,7 @@ clip.save("out.mp4")
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -223,6 +224,13 @@ class VideoDiffusion:
         run = self._sample_fn(guided=uncond is not None and scale != 1.0, rescale=guidance_rescale > 0)
         guidance = jnp.asarray([scale, *guidance_interval, guidance_rescale], jnp.float32)
         return run(self.params["unet"], job, make_sampler(sampler or settings.sampler, eta), uncond, guidance, keys)
+
+    def with_params(self, params: dict[str, Params]) -> VideoDiffusion:
+        """The same model with some components' parameters replaced; compiled functions are shared, not made again."""
+        other = copy.copy(self)
+        other.__dict__.update(params={**self.params, **params})
+        other.__dict__.pop("digest", None)
+        return other
 
     def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:
         """Write the model folder: safetensors per component, config.json, tokenizer.json. See `interop.pretrained`."""

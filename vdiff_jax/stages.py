@@ -6,6 +6,7 @@ This is the one place where data, networks, losses and previews of a training ru
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from jax.sharding import Mesh
 
 from vdiff_jax import parallel
 from vdiff_jax.components import Component, make_component
+from vdiff_jax.data.latent_cache import ensure_latent_cache
 from vdiff_jax.data.tokenizer import Tokenizer
 from vdiff_jax.data.transforms import to_uint8
 from vdiff_jax.data.video_io import contact_sheet, save_image
@@ -110,6 +112,9 @@ def _diffusion_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Path
     base = load(recipe.model.autoencoder_from)
     autoencoder, autoencoder_params = base.components["autoencoder"], base.params["autoencoder"]
     start = load(recipe.model.init_from) if recipe.model.init_from else None
+    digest = base.component_digest("autoencoder")
+    if data.latent_cache:
+        _fill_latent_cache(data, autoencoder, autoencoder_params, digest)
 
     text, text_params, tokenizer = _text_encoder(recipe, data, start)
     unet_settings = recipe.model.unet.to_dict() | {
@@ -144,7 +149,7 @@ def _diffusion_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Path
         seed=recipe.seed,
         tokenizer=tokenizer,
         anchor_rate=mixture.anchor_probability(),
-        digest=base.component_digest("autoencoder"),
+        digest=digest,
     )
     prepare_key = jax.random.fold_in(jax.random.key(recipe.seed), 1)
 
@@ -179,22 +184,20 @@ def _diffusion_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Path
         context_length=data.context_length,
     )
 
-    def as_model(params: Params) -> VideoDiffusion:
-        components = {"autoencoder": autoencoder, "unet": unet} | ({"text_encoder": text} if text else {})
-        whole = {"autoencoder": autoencoder_params, "text_encoder": text_params} | params
-        return VideoDiffusion(components, {name: whole[name] for name in components}, tokenizer, settings)
+    components = {"autoencoder": autoencoder, "unet": unet} | ({"text_encoder": text} if text else {})
+    known_params = {"autoencoder": autoencoder_params, "text_encoder": text_params}
+    model = VideoDiffusion(components, {n: known_params.get(n) or {} for n in components}, tokenizer, settings)
 
     def on_sample(step: int, state: TrainState, writer: MetricWriter | None) -> None:
         if writer is None or not sample.prompts:
             return
-        model = as_model(jax.device_get(state.ema))
-        clips = model.generate(list(sample.prompts), seed=sample.seed)
+        clips = model.with_params(jax.device_get(state.ema)).generate(list(sample.prompts), seed=sample.seed)
         frames = np.stack([clip.frames for clip in clips])
         _save_sheet(workdir, step, contact_sheet(frames.reshape(-1, *frames.shape[2:]), columns=frames.shape[1]))
         writer.video(step, "samples", frames, fps=data.native_fps)
 
     def finish(state: TrainState, folder: Path) -> None:
-        as_model(jax.device_get(state.ema)).save_pretrained(folder)
+        model.with_params(jax.device_get(state.ema)).save_pretrained(folder)
 
     return Stage(init, loss_fn, batches_from, on_sample, finish)
 
@@ -228,6 +231,24 @@ def _null_prompt(text, text_params, tokenizer, data: DataConfig) -> tuple[Array,
     tokens, mask = (jnp.asarray(value) for value in tokenizer.encode([""], data.context_length))
     value = tokens if text_params is None else jax.jit(text.apply)(text_params, tokens, mask)
     return value[0], mask[0]
+
+
+def _fill_latent_cache(data: DataConfig, autoencoder: Component, params: Params, digest: str) -> None:
+    """Encode the clips once, by the first process; the others wait for it."""
+    if jax.process_index() == 0:
+        encode = jax.jit(lambda video: autoencoder.apply(params, video, method="encode_moments"))
+
+        def progress(done: int, total: int) -> None:
+            if done == total or done * 10 // total != (done - 1) * 10 // total:  # every tenth
+                print(f"latent cache {data.latent_cache}: {done} of {total} clips encoded", file=sys.stderr)
+
+        report = ensure_latent_cache(data, encode, digest, progress=progress)
+        if report is not None and report.count:
+            print(report, file=sys.stderr)
+    if jax.process_count() > 1:
+        from jax.experimental.multihost_utils import sync_global_devices
+
+        sync_global_devices("latent cache")
 
 
 def _batch_keys(key: Array, batch_size: int, mesh: Mesh) -> Array:

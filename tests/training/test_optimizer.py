@@ -50,7 +50,7 @@ def test_clip_bounds_the_global_norm():
     value = {"a": jnp.full((4,), 30.0), "b": jnp.full((9,), 40.0)}
     _, state = optimizer.update(value, optimizer.init(value), value)
     momentum = next(part.mu for part in state[1] if hasattr(part, "mu"))  # (1 - beta1) * clipped gradient
-    np.testing.assert_allclose(optax.global_norm(momentum), 0.1 * 0.5, rtol=1e-5)
+    np.testing.assert_allclose(optax.tree.norm(momentum), 0.1 * 0.5, rtol=1e-5)
 
 
 def test_first_adam_step_has_the_size_of_the_learning_rate():

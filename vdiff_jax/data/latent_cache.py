@@ -12,6 +12,7 @@ latents: sampling the posterior and scaling to unit variance happen at training 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import uuid
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from vdiff_jax.data.sources import Record, SkipReport, Windows, in_split
+from vdiff_jax.data.sources import Record, SkipReport, Windows, in_split, make_source
 from vdiff_jax.data.transforms import to_video
 
 EncodeMoments = Callable[[np.ndarray], Any]  # video f32 [b f h w 3] -> moments [b f h' w' 2c]
@@ -66,6 +67,25 @@ def build_latent_cache(
     return skipped
 
 
+def ensure_latent_cache(
+    data: Any,
+    encode_moments: EncodeMoments,
+    digest: str,
+    split: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> SkipReport | None:
+    """Build the cache that `data.latent_cache` names unless a finished one is there; returns the report of a build.
+
+    data: see `sources.make_source`; its clips are read whole. split: default `data.split`. A finished cache is left
+    as it is, and `LatentCache` refuses it if it belongs to another autoencoder.
+    """
+    folder = Path(data.latent_cache)
+    if (folder / _INDEX).is_file():
+        return None
+    source = make_source(dataclasses.replace(data, latent_cache=""), split or data.split)
+    return build_latent_cache(source, encode_moments, folder, digest, progress=progress)
+
+
 class LatentCache:
     """Source of windows of cached moments: records hold `moments` f32 [f h w 2c] instead of `frames`.
 
@@ -87,7 +107,9 @@ class LatentCache:
         path = self.folder / _INDEX
         if not path.is_file():
             state = "an unfinished" if (self.folder / _PLAN).is_file() else "no"
-            raise FileNotFoundError(f"{folder} holds {state} latent cache; run build_latent_cache on it")
+            raise FileNotFoundError(
+                f"{folder} holds {state} latent cache; train with data.latent_cache={folder} to build it"
+            )
         index = json.loads(path.read_text())
         self.digest = index["digest"]
         if digest is not None and digest != self.digest:

@@ -28,7 +28,10 @@ class Checkpoints:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._manager = ocp.CheckpointManager(
-            folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+            folder,
+            # Without handlers, a new process could not read the shapes of what another one saved.
+            item_handlers={"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
         )
 
     @property

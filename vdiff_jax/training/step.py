@@ -85,7 +85,7 @@ def make_train_step(
         batch_size = jax.tree.leaves(batch)[0].shape[0]
         keys = sample_keys(jax.random.fold_in(key, state.step), batch_size)
         (loss, metrics), grads = _accumulate(gradients, state.params, batch, keys, accumulation_steps)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -1,0 +1,51 @@
+"""Unconditional model of film shots, 64x64 pixels, trained mostly to continue what it is shown.
+
+    python benchmarks/fetch_film.py --out=runs/film64
+    python train.py --config=configs/film_autoencoder.py --workdir=runs/film_autoencoder
+    python train.py --config=configs/film.py --workdir=runs/film
+    python benchmarks/film_report.py --model=runs/film
+
+Windows of 8 frames at 8 frames a second. The clips are encoded once, into runs/film_latents.
+"""
+
+from vdiff_jax.recipe import Recipe, default_recipe
+
+
+def get_config() -> Recipe:
+    config = default_recipe("diffusion")
+    config.model.autoencoder_from = "runs/film_autoencoder"
+    config.model.text = "none"
+    config.model.unet.update(channels=(32, 64), attention=(False, True), blocks_per_level=1, embedding_features=128)
+    config.data.update(
+        source="folder",
+        folder="runs/film64",
+        latent_cache="runs/film_latents",
+        size=64,
+        native_fps=8.0,
+        num_frames=8,
+        batch_size=8,
+        strides=(1,),
+        stride_weights=(1.0,),
+    )
+    # Prediction is what a model of one film can be measured by, so most clips show a prefix.
+    config.diffusion.mixture.update(
+        text_to_video=0.10,
+        known_frames=0.90,
+        hole=0.0,
+        ramp=0.0,
+        independent=0.0,
+        prefix=1.0,
+        both_ends=0.0,
+        first_only=0.0,
+        every_nth=0.0,
+        random_frames=0.0,
+        suffix=0.0,
+        anchor=0.0,
+        clean_context=0.8,
+    )
+    # All levels count alike: the noisiest ones decide how the shot goes on.
+    config.diffusion.weighting = "v"
+    config.optimizer.update(learning_rate=2e-3, warmup_steps=50)
+    config.train.update(num_steps=1000, log_steps=10, checkpoint_steps=200, sample_steps=500, ema_decay=0.99)
+    config.sample.update(prompts=("",) * 4, num_frames=8)
+    return config
