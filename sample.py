@@ -43,9 +43,10 @@ def main(_: list[str]) -> int:
 
     out = Path(_OUT.value)
     check_writable(out)  # before any work is spent
-    interval = tuple(float(value) for value in _INTERVAL.value) if _INTERVAL.value else (-float("inf"), float("inf"))
-    if len(interval) != 2:
-        raise ValueError(f"--guidance_interval={_INTERVAL.value}: give two numbers, low,high")
+    try:
+        low, high = (float(value) for value in _INTERVAL.value or ("-inf", "inf"))
+    except ValueError as error:
+        raise ValueError(f"--guidance_interval={','.join(_INTERVAL.value)}: give two numbers, low,high") from error
     print(f"loading {_MODEL.value}", file=sys.stderr)
     model = load(_MODEL.value)
     steps = _STEPS.value or model.settings.steps
@@ -57,7 +58,7 @@ def main(_: list[str]) -> int:
         size=_SIZE.value,
         steps=_STEPS.value,
         guidance_scale=_GUIDANCE.value,
-        guidance_interval=interval,
+        guidance_interval=(low, high),
         guidance_rescale=_RESCALE.value,
         sampler=_SAMPLER.value,
         eta=_ETA.value,

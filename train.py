@@ -42,6 +42,8 @@ def main(_: list[str]) -> int:
     recipe = _CONFIG.value
     mesh = parallel.make_mesh(**recipe.parallel)
     workdir = Path(_WORKDIR.value or ".")
+    if workdir.exists() and not workdir.is_dir():
+        raise NotADirectoryError(f"--workdir={workdir} is a file: give a folder")
     workdir.mkdir(parents=True, exist_ok=True)
     first = jax.process_index() == 0
     if first:

@@ -6,8 +6,8 @@ Prediction: windows of `known + ahead` frames of every held-out shot; the first 
 generated and compared with the film, in pixels, through the real decoder. Three answers are scored, PSNR in dB averaged
 over windows: one sample; the mean of several samples; and the one-step estimate, which is the network's own conditional
 mean E[x | known frames] because at the start of the plan the noise says nothing. The rival repeats the last known frame
-of the film itself, untouched by the autoencoder. Writes DOCS/film_report.json, film_prediction.png, film_samples.png
-and film_loss.png.
+of the film itself, untouched by the autoencoder. Writes DOCS/film_results.md, film_report.json, film_prediction.png,
+film_samples.png and film_loss.png.
 """
 
 from __future__ import annotations
@@ -27,6 +27,22 @@ from vdiff_jax.data.video_io import contact_sheet, save_image
 from vdiff_jax.evaluation.metrics import psnr
 from vdiff_jax.pipeline import VideoDiffusion, load
 from vdiff_jax.sampling.job import known_frames
+
+PICTURES = """
+
+Held-out prediction, three rows a window: the film; the given frames and one sample; the given frames and the one-step
+mean.
+
+![prediction](film_prediction.png)
+
+Training loss of the diffusion network:
+
+![loss](film_loss.png)
+
+Clips from noise alone, nothing given:
+
+![samples](film_samples.png)
+"""
 
 _MODEL = flags.DEFINE_string("model", "runs/film", "Run folder or saved folder of the film model.")
 _FOLDER = flags.DEFINE_string("folder", "runs/film64", "Folder of shots with a heldout/ subfolder.")
@@ -62,7 +78,8 @@ def main(_: list[str]) -> int:
         ahead = "  ".join(f"+{index + 1}: {value:.2f}" for index, value in enumerate(values["ahead"]))
         print(f"{name:22s} mean {values['mean']:.2f} dB   {ahead}   pooled {values['pooled']:.2f}", file=sys.stderr)
 
-    write_json(docs / "film_report.json", report)
+    write_text(docs / "film_report.json", json.dumps(report, indent=1) + "\n")
+    write_text(docs / "film_results.md", results_table(report, training(Path(_MODEL.value))))
     save_image(docs / "film_prediction.png", prediction_sheet(windows, answers))
     clips = model.generate([""] * 4, num_frames=length, seed=0)
     save_image(docs / "film_samples.png", contact_sheet([clip.frames for clip in clips], columns=length))
@@ -167,9 +184,52 @@ def plot_loss(metrics: Path, path: Path) -> None:
     plt.close(figure)
 
 
-def write_json(path: Path, content: dict) -> None:
+def training(folder: Path) -> str:
+    """One sentence on how long the run was trained, or nothing for a saved model without its run."""
+    metrics, recipe = folder / "metrics.jsonl", folder / "recipe.json"
+    if not (metrics.is_file() and recipe.is_file()):
+        return ""
+    last = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    batch = json.loads(recipe.read_text())["data"]["batch_size"]
+    return f"The model was trained for {last} steps of {batch} windows. "
+
+
+def results_table(report: dict, trained: str) -> str:
+    """The report in words, for the documentation."""
+    rows = {
+        "repeat_last": "repeat the last frame of the film",
+        "repeat_last_decoded": "repeat it after the autoencoder",
+        "sample": "one sample",
+        "mean_of_samples": f"mean of {report['samples']} samples",
+        "one_step_mean": "one-step conditional mean",
+    }
+    ahead = len(report["prediction_psnr"]["sample"]["ahead"])
+    lines = [
+        "# Film: results",
+        "",
+        f"Written by `benchmarks/film_report.py`. {trained}Held-out shots: {report['shots']}, at {report['fps']:g} "
+        "frames a second.",
+        "",
+        f"Reconstruction by the autoencoder: **{report['reconstruction_psnr']:.2f} dB** over {report['frames']} "
+        f"frames, {report['reconstruction_psnr_worst_shot']:.2f} dB for the worst shot.",
+        "",
+        f"Prediction from {report['known']} known frames, {report['windows']} windows, PSNR in dB. Pooled: of the "
+        "error over all windows at once. Wins: windows with a smaller error than repeating the last frame.",
+        "",
+        "| answer | mean | " + " | ".join(f"+{index + 1}" for index in range(ahead)) + " | pooled | wins |",
+        "| --- " * (ahead + 4) + "|",
+    ]
+    for name, title in rows.items():
+        values = report["prediction_psnr"][name]
+        wins = "" if name == "repeat_last" else f"{100 * values['wins']:.0f} %"
+        numbers = " | ".join(f"{value:.2f}" for value in (values["mean"], *values["ahead"], values["pooled"]))
+        lines.append(f"| {title} | {numbers} | {wins} |")
+    return "\n".join(lines) + PICTURES
+
+
+def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 

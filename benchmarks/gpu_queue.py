@@ -266,7 +266,8 @@ def run_item(item: Item, arguments: list[str], minutes: float, environment: Mapp
 
 def rehearse(workdir: Path) -> int:
     """All items, tiny, on the CPU; a sliced item is stopped after its first step and resumed."""
-    environment = child_environment(None, workdir) | {"JAX_PLATFORMS": "cpu"}
+    quick_compile = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    environment = child_environment(None, workdir) | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick_compile}
 
     def run(item: Item, arguments: list[str], minutes: float) -> int:
         first = read_state(workdir).get(item.name, {"slices": 0})["slices"] == 0
@@ -320,7 +321,11 @@ def main() -> int:
         return 0
     workdir.mkdir(parents=True, exist_ok=True)
     environment = child_environment(flags.wheels, workdir)
-    code = run_queue(ITEMS, workdir, flags.minutes, lambda *job: run_item(*job, environment))
+
+    def run(item: Item, arguments: list[str], minutes: float) -> int:
+        return run_item(item, arguments, minutes, environment)
+
+    code = run_queue(ITEMS, workdir, flags.minutes, run)
     print(table(ITEMS, workdir))
     return code
 

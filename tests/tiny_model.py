@@ -13,8 +13,7 @@ WORDS = "a red green blue circle square triangle moving left right up down on bl
 AUTOENCODER = dict(
     channels=(8, 8), latent_channels=2, norm_groups=4, mid_attention=False, latent_mean=(0.2, -0.1), latent_std=(2, 3.0)
 )
-# Wide enough below that its largest kernel is split by FSDP.
-UNET = dict(latent_channels=2, channels=(8, 32), attention=(False, True), embedding_features=16, head_dim=8)
+UNET = dict(latent_channels=2, channels=(8,), attention=(True,), embedding_features=16, head_dim=8)
 TEXT = dict(context_length=8, features=8, hidden_features=16, layers=1, head_dim=8)
 SETTINGS = Settings(size=16, fps=8.0, num_frames=3, steps=3, guidance_scale=2.0, context_length=8)
 

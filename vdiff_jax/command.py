@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 from absl import app, flags, logging
 
-USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, RuntimeError)
+USER_ERRORS = (ValueError, OSError, RuntimeError)
 
 
 def use_compile_cache() -> None:
@@ -29,6 +30,7 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
     """
 
     use_compile_cache()
+    warnings.showwarning = _warn
     logging.set_verbosity(logging.WARNING)  # orbax tells its every move at INFO
 
     def guarded(argv: list[str]) -> int | None:
@@ -39,7 +41,7 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
         except USER_ERRORS as error:
             if os.environ.get("VDIFF_TRACEBACK"):
                 traceback.print_exc()
-            return _fail(str(error))
+            return _fail(_recipe_sentence(str(error)))
 
     app.run(guarded, flags_parser=_parse)
 
@@ -49,10 +51,24 @@ def _parse(argv: list[str]) -> list[str]:
         return flags.FLAGS(argv)
     except flags.Error as error:
         sys.exit(_fail(str(error)))
-    except (AttributeError, KeyError, ValueError, FileNotFoundError) as error:  # from the recipe and its overrides
+    except (AttributeError, KeyError, TypeError, SyntaxError, *USER_ERRORS) as error:  # the recipe and its overrides
         if os.environ.get("VDIFF_TRACEBACK"):
             traceback.print_exc()
-        sys.exit(_fail(str(error).strip("'\"")))
+        sys.exit(_fail(_recipe_sentence(str(error))))
+
+
+def _recipe_sentence(text: str) -> str:
+    """What ml_collections says about a recipe, without its quoting and its list of attempts; other text unchanged."""
+    if "Did you mean" in text:
+        return "the recipe has no setting " + text.strip("\"'").replace("\\n", ". ").replace("\\'", "'").strip()
+    if "earlier failure to load" in text:
+        return f"cannot load the recipe given by --config: {text.strip().splitlines()[-1].strip()}"
+    return text
+
+
+def _warn(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    """A warning to the user is a sentence, without the line of code that gave it."""
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _fail(sentence: str) -> int:

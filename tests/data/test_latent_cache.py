@@ -1,15 +1,17 @@
 """The latent cache against encoding by hand: equal values, resumable, atomic, and true to its autoencoder."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from vdiff_jax.data.latent_cache import LatentCache, build_latent_cache
+from vdiff_jax.data.latent_cache import LatentCache, build_latent_cache, ensure_latent_cache
 from vdiff_jax.data.loader import Loader
-from vdiff_jax.data.sources import FolderSource, SyntheticSource, Windows
+from vdiff_jax.data.sources import FolderSource, SyntheticSource, Windows, make_source
 from vdiff_jax.data.transforms import to_video
 from vdiff_jax.data.video_io import Clip
+from vdiff_jax.recipe import DataConfig
 
 WINDOWS = Windows(3, anchor_rate=0.5, anchor_range=(2, 6))
 
@@ -136,3 +138,28 @@ def test_wrong_places_and_values(source, tmp_path):
     synthetic = SyntheticSource(2, Windows(4), 4)  # no whole clips: windows are encoded
     build_latent_cache(synthetic, Encoder(), tmp_path / "windows", "abc")
     assert len(LatentCache(tmp_path / "windows", WINDOWS)) == 2
+
+
+def test_a_missing_or_unfinished_cache_is_built_once_from_the_split(tmp_path):
+    rng = np.random.default_rng(1)
+    for index in range(18, 30):  # two of these names fall into the held-out share
+        Clip(rng.integers(0, 256, (6, 8, 8, 3), np.uint8), 8.0).save(tmp_path / "clips" / f"clip{index}")
+    cache = str(tmp_path / "cache")
+    data = DataConfig(
+        source="folder", folder=str(tmp_path / "clips"), size=8, num_frames=3, strides=(1,), stride_weights=(1.0,)
+    )
+    data = dataclasses.replace(data, latent_cache=cache)
+    with pytest.raises(FileNotFoundError, match="latent_cache"):
+        make_source(data, "train")
+    with pytest.raises(KeyboardInterrupt):
+        ensure_latent_cache(data, Encoder(fail_after=2), "abc")
+    encoder, seen = Encoder(), []
+    report = ensure_latent_cache(data, encoder, "abc", progress=lambda done, total: seen.append((done, total)))
+    source = make_source(data, "train", digest="abc")
+    plain = make_source(dataclasses.replace(data, latent_cache=""), "train")
+    assert report is not None and report.count == 0 and len(encoder.shapes) == len(plain) - 2
+    assert len(plain) == 10 and [source.name(i) for i in range(len(source))] == [
+        plain.name(i) for i in range(len(plain))
+    ]
+    assert seen == [(i + 1, len(plain)) for i in range(len(plain))]
+    assert ensure_latent_cache(data, encoder, "abc") is None and len(encoder.shapes) == len(plain) - 2

@@ -126,10 +126,11 @@ def test_blend_keeps_keyframes_and_is_linear_between():
 def test_codec_measures_the_error_of_the_autoencoder():
     class Offset(TrueModel):
         def decode(self, latents):
-            return to_uint8(np.clip(latents, -1, 1 - 20 / 127.5) + 20 / 127.5)
+            return to_uint8(latents + 5 / 127.5)  # no pixel of this world is that near to white
 
     result = run(Offset(), ("codec",))["codec"]["iid"]
-    assert result["psnr"]["value"] == pytest.approx(20 * math.log10(255 / 20), abs=0.1)
+    # Every pixel is off by 5 of 255 levels, and by at most half a level from rounding.
+    assert 20 * math.log10(255 / 5.5) <= result["psnr"]["value"] <= 20 * math.log10(255 / 4.5)
     perfect = run(TrueModel(), ("codec",))["codec"]["iid"]
     assert perfect["psnr"]["value"] > 55 and perfect["ssim"]["value"] > 0.999
 

@@ -167,7 +167,6 @@ def test_ready_features_pass_through_and_the_predictor_finds_its_parameters():
     null = (jnp.zeros((3, 2)), jnp.ones(3, bool))
     loss_fn = make(predictor(apply), null_prompt=null, prompt_dropout=0.0)
 
-
     @jax.jit
     def run(params, batch, keys):
         loss_fn(params, batch, keys)

@@ -197,7 +197,7 @@ def prediction(ev: Evaluation, prompted: bool = False) -> dict[str, Any]:
     context = np.asarray(CONTEXT_FRAMES)[np.arange(ev.num_clips) % len(CONTEXT_FRAMES)]
     num_frames = max(CONTEXT_FRAMES) + NEXT_FRAMES
     times = np.tile(np.arange(num_frames, dtype=np.float32), (ev.num_clips, 1))
-    true_track = np.asarray(tracks(records, times, ev.world))[:, :, 0]
+    true_track = np.asarray(tracks(records, jnp.asarray(times), ev.world))[:, :, 0]
     ours, repeat, error = [], [], []
     for index, video, output in fill_frames(ev, records, np.arange(num_frames)[None] < context[:, None], prompted):
         for number, truth, clip, reading in zip(index, video, output, read_batch(output, ev.world)):
@@ -205,7 +205,7 @@ def prediction(ev: Evaluation, prompted: bool = False) -> dict[str, Any]:
             frames = slice(first, first + NEXT_FRAMES)
             ours.append(psnr(clip[frames], truth[frames]))
             repeat.append(psnr(np.broadcast_to(truth[first - 1], truth[frames].shape), truth[frames]))
-            last = first + NEXT_FRAMES - 1
+            last = int(first) + NEXT_FRAMES - 1
             error.append(_distance(reading, last, true_track[number, last]))
     near = np.asarray(error) <= NEAR_PIXELS
     return {

@@ -1,0 +1,112 @@
+"""The scripts and a user's mistakes: one sentence, a non-zero exit code, and nothing half-written."""
+
+import json
+
+import pytest
+from script_runner import run_scripts
+
+LONG = "a red circle moving right on black background and grey"
+
+TRAIN = ["train.py", "--config=configs/shapes_autoencoder.py", "--workdir={tmp}/run"]
+FOLDER = [*TRAIN, "--config.data.source=folder"]
+SAMPLE = ["sample.py", "--model={model}", "--prompt=a red circle", "--out={tmp}/out.mp4"]
+
+# name: (command, what the one sentence must say)
+MISTAKES = {
+    "missing model": (["sample.py", "--model={tmp}/nowhere", "--out={tmp}/out.mp4"], "no model '{tmp}/nowhere'"),
+    "half a model": (["sample.py", "--model={tmp}/half", "--out={tmp}/out.mp4"], "unet.safetensors is missing"),
+    "unwritable out": ([*SAMPLE, "--out={tmp}/a_file/out.mp4"], "a_file"),
+    "unknown suffix": ([*SAMPLE, "--out={tmp}/out.xyz"], ".xyz"),
+    "no frames": ([*SAMPLE, "--num_frames=0"], "num_frames=0: it must be at least 1"),
+    "no steps": ([*SAMPLE, "--steps=0"], "steps=0: it must be at least 1"),
+    "odd size": ([*SAMPLE, "--size=15"], "size 15x15 does not fit this model"),
+    "unknown sampler": ([*SAMPLE, "--sampler=ddmi"], "did you mean 'ddim'"),
+    "bad interval": ([*SAMPLE, "--guidance_interval=low,high"], "guidance_interval"),
+    "no samples": ([*SAMPLE, "--num_samples=0"], "num_samples"),
+    "unknown flag": ([*SAMPLE, "--promt=x"], "promt"),
+    "stray argument": ([*SAMPLE, "a red circle"], "unexpected argument 'a red circle'"),
+    "not a number": ([*SAMPLE, "--num_frames=many"], "num_frames"),
+    "no workdir": (TRAIN[:2], "workdir"),
+    "missing config": (["train.py", "--config={tmp}/none.py", "--workdir={tmp}/run"], "none.py"),
+    "broken config": (["train.py", "--config={tmp}/broken.py", "--workdir={tmp}/run"], "broken.py"),
+    "unknown key": ([*TRAIN, "--config.train.num_step=3"], 'Did you mean "num_steps"'),
+    "wrong type": ([*TRAIN, "--config.train.num_steps=few"], "num_steps"),
+    "unknown source": ([*TRAIN, "--config.data.source=vimeo"], "data.source='vimeo': choose one of"),
+    "workdir is a file": ([*TRAIN[:2], "--workdir={tmp}/a_file"], "a_file"),
+    "missing folder": ([*FOLDER, "--config.data.folder={tmp}/nowhere"], "nowhere is not a folder"),
+    "empty folder": ([*FOLDER, "--config.data.folder={tmp}/empty"], "empty"),
+    "text named mp4": ([*FOLDER, "--config.data.folder={tmp}/texts"], "texts"),
+    "videos of no length": ([*FOLDER, "--config.data.folder={tmp}/zero"], "zero"),
+    "uneven mesh": ([*TRAIN, "--config.parallel.data=3"], "does not match 1 devices"),
+    "no autoencoder": (
+        ["train.py", "--config=configs/shapes.py", "--workdir={tmp}/run", "--config.model.autoencoder_from={tmp}/ae"],
+        "no model '{tmp}/ae'",
+    ),
+}
+GOOD = {
+    "help of sample": ["sample.py", "--help"],
+    "too long a prompt": [*SAMPLE[:2], f"--prompt={LONG}", "--out={tmp}/good/cut.gif", "--steps=1"],
+}
+
+
+@pytest.fixture(scope="module")
+def outcome(model_folder, tmp_path_factory):
+    """(folder, results by name); every command runs once, in one process."""
+    tmp = tmp_path_factory.mktemp("scripts")
+    for name in ("empty", "texts", "zero", "half", "good"):
+        (tmp / name).mkdir()
+    (tmp / "a_file").write_text("kept")
+    (tmp / "broken.py").write_text("def get_config(:\n")
+    for index in range(3):
+        (tmp / "texts" / f"{index}.mp4").write_text("this is no video\n" * 50)
+        (tmp / "zero" / f"{index}.mp4").write_bytes(b"")
+    (tmp / "half" / "config.json").write_text((model_folder / "config.json").read_text())
+    for name in ("autoencoder.safetensors", "text_encoder.safetensors"):
+        (tmp / "half" / name).write_bytes((model_folder / name).read_bytes())
+    before = {path for path in tmp.rglob("*") if path.is_file()}
+    commands = {**{name: command for name, (command, _) in MISTAKES.items()}, **GOOD}
+    filled = [[part.format(tmp=tmp, model=model_folder) for part in command] for command in commands.values()]
+    results = dict(zip(commands, run_scripts(filled)))
+    created = sorted(str(path.relative_to(tmp)) for path in tmp.rglob("*") if path.is_file() and path not in before)
+    return tmp, results, created
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_ends_in_one_sentence(name, outcome):
+    tmp, results, _ = outcome
+    result = results[name]
+    assert result.code not in (0, 75), result
+    assert "Traceback" not in result.stderr, result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and result.stderr.splitlines()[-1] == errors[0], result.stderr
+    assert MISTAKES[name][1].format(tmp=tmp) in errors[0]
+    assert len(errors[0]) < 600
+
+
+def test_mistakes_leave_no_files(outcome):
+    tmp, _, created = outcome
+    assert created == ["good/cut.gif"]
+    assert (tmp / "a_file").read_text() == "kept"
+
+
+def test_a_prompt_that_is_too_long_is_cut_with_a_warning(outcome):
+    tmp, results, _ = outcome
+    result = results["too long a prompt"]
+    assert result.code == 0 and result.stdout.split() == [str(tmp / "good" / "cut.gif")], result
+    warning = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    assert len(warning) == 1 and "cut from it: 'black background and grey'" in warning[0]
+    assert "Traceback" not in result.stderr and "tokenizer.py" not in result.stderr
+
+
+def test_help_teaches(outcome):
+    text = outcome[1]["help of sample"].stdout
+    assert "python sample.py --model=shapes" in text and "--guidance_scale" in text
+
+
+def test_the_model_that_was_sampled_is_written_into_the_file(outcome, model):
+    from vdiff_jax.data.video_io import read_video
+
+    clip = read_video(outcome[0] / "good" / "cut.gif")
+    assert clip.frames.shape == (3, 16, 16, 3)
+    assert clip.metadata["model"] == model.digest and clip.metadata["prompt"] == LONG
+    json.dumps(clip.metadata)
