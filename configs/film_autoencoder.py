@@ -7,12 +7,10 @@ Pairs of frames from the training shots; 0.66 M parameters. Any folder of clips 
 About one step of 16 frames a second on 2 CPU cores that others share. docs/film.md tells what is measured and reached.
 """
 
-from ml_collections import ConfigDict
-
-from vdiff_jax.recipe import default_recipe
+from vdiff_jax.recipe import Recipe, default_recipe
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Recipe:
     config = default_recipe("autoencoder")
     config.model.autoencoder.update(channels=(16, 32, 64), latent_channels=8, norm_groups=8, mid_attention=False)
     config.data.update(

@@ -170,7 +170,7 @@ def test_files_that_do_not_fit_are_refused_by_name(model_folder, tmp_path):
         (dict(steps=0), "steps=0: it must be at least 1"),
         (dict(size=15), "size 15x15 does not fit this model: use multiples of 2"),
         (dict(size=(16, 0)), "size 16x0 does not fit this model"),
-        (dict(sampler="ddmi"), "sampler 'ddmi' is unknown; did you mean 'ddim'"),
+        (dict(sampler="ddimm"), "sampler 'ddimm' is unknown; did you mean 'ddim'"),
     ],
 )
 def test_what_cannot_be_generated_is_refused_in_a_sentence(model, settings, message):

@@ -20,7 +20,7 @@ MISTAKES = {
     "no frames": ([*SAMPLE, "--num_frames=0"], "num_frames=0: it must be at least 1"),
     "no steps": ([*SAMPLE, "--steps=0"], "steps=0: it must be at least 1"),
     "odd size": ([*SAMPLE, "--size=15"], "size 15x15 does not fit this model"),
-    "unknown sampler": ([*SAMPLE, "--sampler=ddmi"], "did you mean 'ddim'"),
+    "unknown sampler": ([*SAMPLE, "--sampler=ddimm"], "did you mean 'ddim'"),
     "bad interval": ([*SAMPLE, "--guidance_interval=low,high"], "guidance_interval"),
     "no samples": ([*SAMPLE, "--num_samples=0"], "num_samples"),
     "unknown flag": ([*SAMPLE, "--promt=x"], "promt"),
