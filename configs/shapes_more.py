@@ -7,9 +7,9 @@ schedule spends 5 % of its samples below that, where the prompt decides, and the
 hardly counts them. A shifted schedule and the weighting of the v error make the prompt matter.
 """
 
-from shapes import get_config as base_config  # recipes lie side by side
-
+from configs.shapes import get_config as base_config
 from vdiff_jax.recipe import Recipe
+
 
 def get_config() -> Recipe:
     config = base_config()
@@ -18,5 +18,5 @@ def get_config() -> Recipe:
     config.diffusion.weighting = "v"
     config.diffusion.mixture.update(text_to_video=0.60, known_frames=0.20, hole=0.05, ramp=0.05, independent=0.10)
     config.optimizer.update(learning_rate=1e-3, warmup_steps=50)
-    config.train.update(num_steps=700, checkpoint_steps=150, ema_decay=0.995, sample_steps=0)
+    config.train.update(num_steps=550, checkpoint_steps=150, ema_decay=0.995, sample_steps=0)
     return config
