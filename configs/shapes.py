@@ -4,7 +4,8 @@
     python train.py --config=configs/shapes.py --workdir=runs/shapes
 
 Clips are rendered on the fly, so no data is needed. 8-frame windows with strides 1 and 2 of 16-frame clips: half the
-cost of 16 frames; `configs/shapes_16.py` goes on from here with whole clips.
+cost of 16 frames. 51 minutes on 2 shared CPU cores. Reaches 1.00 in colour and shape, .88 in background, and chance in
+direction (see docs/shapes.md).
 """
 
 from vdiff_jax.recipe import Recipe, default_recipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from pathlib import Path
@@ -41,8 +42,19 @@ class MetricWriter:
         self._board.add_image(name, image, step, dataformats="HWC")
 
     def video(self, step: int, name: str, frames: np.ndarray, fps: float) -> None:
-        """frames: u8 [b f h w 3]; stored as an animated gif, side by side."""
-        self._board.add_video(name, np.transpose(frames, (0, 1, 4, 2, 3)), step, fps=fps)
+        """frames: u8 [b f h w 3]; stored as one animated gif, clips side by side."""
+        from PIL import Image
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        # The board's own add_video asks for another package; its summary is only an encoded gif.
+        wide = np.concatenate(list(frames), axis=2)
+        first, *rest = [Image.fromarray(frame) for frame in wide]
+        encoded = io.BytesIO()
+        first.save(encoded, "gif", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+        height, width = wide.shape[1:3]
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded.getvalue())
+        assert self._board.file_writer is not None
+        self._board.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
 
     def close(self) -> None:
         self._lines.close()
