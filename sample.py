@@ -46,7 +46,9 @@ def main(_: list[str]) -> int:
     try:
         low, high = (float(value) for value in _INTERVAL.value or ("-inf", "inf"))
     except ValueError as error:
-        raise ValueError(f"--guidance_interval={','.join(_INTERVAL.value)}: give two numbers, low,high") from error
+        raise ValueError(
+            f"--guidance_interval={','.join(_INTERVAL.value or ())}: give two numbers, low,high"
+        ) from error
     print(f"loading {_MODEL.value}", file=sys.stderr)
     model = load(_MODEL.value)
     steps = _STEPS.value or model.settings.steps

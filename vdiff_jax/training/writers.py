@@ -44,7 +44,7 @@ class MetricWriter:
     def video(self, step: int, name: str, frames: np.ndarray, fps: float) -> None:
         """frames: u8 [b f h w 3]; stored as one animated gif, clips side by side."""
         from PIL import Image
-        from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
         # The board's own add_video asks for another package; its summary is only an encoded gif.
         wide = np.concatenate(list(frames), axis=2)
