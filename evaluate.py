@@ -4,8 +4,9 @@
     python evaluate.py --model=runs/shapes --metrics=alignment --split=iid,combo --num_clips=500 --guidance_scale=3
 
 Metrics: alignment (does the clip show what the prompt says, per attribute), prediction (next frames after known ones),
-interpolation (frames between known ones), codec (the autoencoder alone). The data section of --config names the world
-of the model. A table is printed, and written with all settings to --out.
+interpolation (frames between known ones), codec (the autoencoder alone), influence (which words the network listens
+to, by noise level). The data section of --config names the world of the model. A table is printed, and written with
+all settings to --out.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@
 
 Any setting can be changed on the command line: --config.train.num_steps=2000 --config.optimizer.learning_rate=5e-4.
 Running the same command again resumes from the newest checkpoint. Ctrl-C or SIGTERM stops after a checkpoint.
-The work folder receives checkpoints/, metrics.jsonl, tensorboard/, samples/ and model/ (the finished model).
+The work folder receives checkpoints/, metrics.jsonl, tensorboard/, samples/, model/ (the finished model) and,
+with --config.train.model_steps=500, models/0000500 and so on.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from vdiff_jax.stages import make_stage
 from vdiff_jax.training.checkpoint import Checkpoints
 from vdiff_jax.training.loop import fit
 from vdiff_jax.training.optimizer import OptimizerConfig, make_optimizer
-from vdiff_jax.training.step import init_sharded_state, make_train_step
+from vdiff_jax.training.step import TrainState, init_sharded_state, make_train_step
 from vdiff_jax.training.writers import MetricWriter
 
 STOPPED_EARLY = 75  # stopped by a signal or the time limit, with a checkpoint: run again to go on
@@ -76,6 +77,10 @@ def main(_: list[str]) -> int:
         if first:
             (workdir / "recipe.json").write_text(recipe.to_json_best_effort(indent=2) + "\n", encoding="utf-8")
             print(f"{parameter_count(state.params) / 1e6:.2f} M trainable parameters", file=sys.stderr)
+
+        def write_model(step: int, state: TrainState) -> None:
+            stage.finish(state, workdir / "models" / f"{step:07d}")
+
         try:
             state, finished = fit(
                 state,
@@ -88,6 +93,7 @@ def main(_: list[str]) -> int:
                 meta={"recipe": recipe.to_json_best_effort(), "data_seed": recipe.seed},
                 writer=writer,
                 on_sample=stage.on_sample,
+                on_model=write_model if first else None,
             )
         finally:
             checkpoints.close()

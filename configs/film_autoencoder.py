@@ -1,4 +1,4 @@
-"""Autoencoder of the film model: 64x64 film frames to 16x16x8 latents.
+"""Autoencoder of the film model: 64x64 film frames to 16x16x12 latents.
 
     python benchmarks/fetch_film.py --out=runs/film64
     python train.py --config=configs/film_autoencoder.py --workdir=runs/film_autoencoder
@@ -12,7 +12,9 @@ from vdiff_jax.recipe import Recipe, default_recipe
 
 def get_config() -> Recipe:
     config = default_recipe("autoencoder")
-    config.model.autoencoder.update(channels=(16, 32, 64), latent_channels=8, norm_groups=8, mid_attention=False)
+    config.model.autoencoder.update(
+        channels=(32, 64), patch_size=2, latent_channels=12, norm_groups=8, mid_attention=False
+    )
     config.data.update(
         source="folder",
         folder="runs/film64",

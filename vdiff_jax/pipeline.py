@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +25,13 @@ from vdiff_jax.components import Component, make_component, make_config
 from vdiff_jax.data.tokenizer import Tokenizer
 from vdiff_jax.data.transforms import to_uint8, to_video
 from vdiff_jax.data.video_io import Clip
+from vdiff_jax.diffusion.prediction import to_x0
 from vdiff_jax.diffusion.schedule import make_schedule
 from vdiff_jax.interop import pretrained
 from vdiff_jax.sampling.guidance import classifier_free, make_denoise_fn
 from vdiff_jax.sampling.job import nothing_known, text_to_video_job
 from vdiff_jax.sampling.samplers import make_sampler, sample
-from vdiff_jax.types import Array, Conditioning, Known, Latents, Params
+from vdiff_jax.types import Array, Conditioning, Known, Latents, LogSNR, Params
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -50,6 +51,24 @@ class Settings:
     steps: int = 25
     guidance_scale: float = 3.0
     context_length: int = 24
+
+
+class SamplingOptions(TypedDict, total=False):
+    """How to walk from noise to a clip; what is left out or None is the model's own default.
+
+    negative_prompt: what guidance moves away from.
+    steps: denoising steps. sampler: a name in `sampling.SAMPLERS`; eta: its noise, 0..1, None = the sampler's.
+    guidance_scale: 1 = off. guidance_interval: log-SNR range in which it acts. guidance_rescale: 0..1, pulls the
+        guided estimate's standard deviation back to the conditional one (Lin et al. 2024).
+    """
+
+    negative_prompt: str
+    steps: int | None
+    sampler: str | None
+    eta: float | None
+    guidance_scale: float | None
+    guidance_interval: tuple[float, float]
+    guidance_rescale: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,59 +108,39 @@ class VideoDiffusion:
         self,
         prompt: str | Sequence[str] = "",
         *,
-        negative_prompt: str = "",
         num_frames: int | None = None,
         size: int | tuple[int, int] | None = None,
-        steps: int | None = None,
-        guidance_scale: float | None = None,
-        guidance_interval: tuple[float, float] = (-jnp.inf, jnp.inf),
-        guidance_rescale: float = 0.0,
-        sampler: str | None = None,
-        eta: float | None = None,
         seed: int = 0,
         fps: float | None = None,
         stride: float = 1.0,
+        **sampling: Unpack[SamplingOptions],
     ) -> Clip | list[Clip]:
         """Text to video: one clip per prompt (a Clip for a str, a list for a sequence).
 
         Args:
             prompt: what to show; the empty prompt asks for anything.
-            negative_prompt: what guidance moves away from.
             num_frames, size: of the clip; size in pixels, one number or (height, width), a multiple of the
                 autoencoder's factor and the UNet's levels. Defaults: as trained.
-            steps: denoising steps. sampler: a name in `sampling.SAMPLERS`; eta: its noise, 0..1, None = the sampler's.
-            guidance_scale: 1 = off. guidance_interval: log-SNR range in which it acts. guidance_rescale: 0..1, pulls
-                the guided estimate's standard deviation back to the conditional one (Lin et al. 2024).
             seed: clip i of the list depends on (seed, i) only.
+            fps: of the clip as a file; default: what shows the motion at its native speed.
             stride: distance between frames in native frame intervals; below 1 is slow motion.
+            sampling: `negative_prompt, steps, sampler, eta, guidance_scale, guidance_interval, guidance_rescale`, see
+                `SamplingOptions`.
 
         Changing prompt, seed, guidance_scale, eta or stride recompiles nothing.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         latents = self.generate_latents(
             prompts,
-            negative_prompt=negative_prompt,
+            keys=_seed_keys(seed, len(prompts)),
             num_frames=num_frames,
             size=size,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            guidance_interval=guidance_interval,
-            guidance_rescale=guidance_rescale,
-            sampler=sampler,
-            eta=eta,
-            keys=_seed_keys(seed, len(prompts)),
             stride=stride,
+            **sampling,
         )
         frames = self.decode(latents)
         rate = fps or self.settings.fps / stride
-        used = dict(
-            seed=seed,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            sampler=sampler,
-            num_frames=num_frames,
-            negative_prompt=negative_prompt,
-        )
+        used = {"seed": seed, "num_frames": len(frames[0]), **sampling}
         clips = [
             Clip(clip, rate, self._provenance(text, {**used, "index": index}))
             for index, (clip, text) in enumerate(zip(frames, prompts))
@@ -153,16 +152,10 @@ class VideoDiffusion:
         prompts: Sequence[str],
         *,
         keys: Array,
-        negative_prompt: str = "",
         num_frames: int | None = None,
         size: int | tuple[int, int] | None = None,
-        steps: int | None = None,
-        guidance_scale: float | None = None,
-        guidance_interval: tuple[float, float] = (-jnp.inf, jnp.inf),
-        guidance_rescale: float = 0.0,
-        sampler: str | None = None,
-        eta: float | None = None,
         stride: float = 1.0,
+        **sampling: Unpack[SamplingOptions],
     ) -> Latents:
         """As `generate`, but final latents `[b f h w c]`; `keys [b]`, one per clip."""
         num_frames = self.settings.num_frames if num_frames is None else num_frames
@@ -174,13 +167,7 @@ class VideoDiffusion:
             prompts,
             keys=keys,
             times=stride * jnp.arange(num_frames, dtype=jnp.float32),
-            negative_prompt=negative_prompt,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            guidance_interval=guidance_interval,
-            guidance_rescale=guidance_rescale,
-            sampler=sampler,
-            eta=eta,
+            **sampling,
         )
 
     def complete(
@@ -205,25 +192,37 @@ class VideoDiffusion:
             prompts: one per clip; None stands for empty ones.
             keys: `[b]`, one per clip. times: time stamps `[f]` or `[b f]`, default 0, 1, 2, ...
         Returns:
-            Final latents `[b f h w c]`, equal to `known.latents` where they are known. Other settings: see `generate`.
+            Final latents `[b f h w c]`, equal to `known.latents` where they are known.
+
+        The other arguments are those of `SamplingOptions`.
         """
         settings = self.settings
         steps = settings.steps if steps is None else steps
         scale = settings.guidance_scale if guidance_scale is None else guidance_scale
         if steps < 1:
             raise ValueError(f"steps={steps}: it must be at least 1")
-        batch, num_frames = known.latents.shape[:2]
-        times = jnp.arange(num_frames, dtype=jnp.float32) if times is None else jnp.asarray(times, jnp.float32)
-        times = jnp.broadcast_to(times if times.ndim == 2 else times[None], (batch, num_frames))
-        cond, uncond = Conditioning(None, None, times), None
-        if "text_encoder" in self.components:
-            cond = Conditioning(*self.encode_prompts([""] * batch if prompts is None else prompts), times)
-            uncond = Conditioning(*self.encode_prompts([negative_prompt] * batch), times)
+        cond = self._conditioning(prompts, times, known.latents.shape)
+        uncond = (
+            None
+            if cond.text is None
+            else self._conditioning([negative_prompt] * len(cond.text), times, known.latents.shape)
+        )
         job = text_to_video_job(keys, known.latents.shape, self.schedule, steps, cond, settings.noise)
         job = dataclasses.replace(job, known=known)
         run = self._sample_fn(guided=uncond is not None and scale != 1.0, rescale=guidance_rescale > 0)
         guidance = jnp.asarray([scale, *guidance_interval, guidance_rescale], jnp.float32)
         return run(self.params["unet"], job, make_sampler(sampler or settings.sampler, eta), uncond, guidance, keys)
+
+    def estimate(
+        self, z: Latents, logsnr: LogSNR, prompts: Sequence[str] | None = None, *, times: Array | None = None
+    ) -> Latents:
+        """The network's clean estimate E[x0 | z, prompt] `[b f h w c]`, without guidance.
+
+        z: noisy latents on the variance-preserving scale, `alpha x0 + sigma eps`. logsnr: their level, `[b f]`.
+        prompts, times: as in `complete`.
+        """
+        cond = self._conditioning(prompts, times, z.shape)
+        return self._estimate(self.params["unet"], z, logsnr, nothing_known(z.shape), cond)
 
     def with_params(self, params: dict[str, Params]) -> VideoDiffusion:
         """The same model with some components' parameters replaced; compiled functions are shared, not made again."""
@@ -265,6 +264,25 @@ class VideoDiffusion:
     @functools.cached_property
     def schedule(self) -> Any:
         return make_schedule(self.settings.schedule, **self.settings.schedule_settings)
+
+    def _conditioning(self, prompts: Sequence[str] | None, times: Array | None, shape: tuple[int, ...]) -> Conditioning:
+        """prompts: one per clip, None = empty. times: `[f]` or `[b f]`, None = 0, 1, 2, ... shape: `(b, f, ...)`."""
+        times = jnp.arange(shape[1], dtype=jnp.float32) if times is None else jnp.asarray(times, jnp.float32)
+        times = jnp.broadcast_to(times if times.ndim == 2 else times[None], shape[:2])
+        if "text_encoder" not in self.components:
+            return Conditioning(None, None, times)
+        return Conditioning(*self.encode_prompts([""] * shape[0] if prompts is None else prompts), times)
+
+    @functools.cached_property
+    def _estimate(self) -> Callable[..., Latents]:
+        unet, kind = self.components["unet"], self.settings.prediction
+
+        @jax.jit
+        def estimate(params: Params, z: Latents, logsnr: LogSNR, known: Known, cond: Conditioning) -> Latents:
+            prediction = unet.apply(params, z, logsnr, known.mask, known.logsnr, cond)
+            return to_x0(kind, prediction, z, logsnr)
+
+        return estimate
 
     @functools.cached_property
     def _encode(self) -> Callable[..., Array]:
@@ -314,13 +332,16 @@ class VideoDiffusion:
         return height // factor, width // factor
 
     def _provenance(self, prompt: str, used: dict[str, Any]) -> dict[str, Any]:
-        defaults = {name: getattr(self.settings, name) for name in used if hasattr(self.settings, name)}
-        used = {name: defaults.get(name) if value is None else value for name, value in used.items()}
+        defaults = {name: getattr(self.settings, name) for name in ("steps", "sampler", "guidance_scale")}
+        used = {name: value for name, value in used.items() if value is not None}
+        if "guidance_interval" in used:  # json knows no infinity; the same form as the flag of sample.py
+            used["guidance_interval"] = ",".join(f"{level:g}" for level in used["guidance_interval"])
         return {
             "made_by": f"vdiff_jax {__version__}",
             "note": "AI-generated",
             "model": self.digest,
             "prompt": prompt,
+            **defaults,
             **used,
         }
 

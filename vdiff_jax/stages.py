@@ -25,7 +25,7 @@ from vdiff_jax.diffusion.prediction import check_kind
 from vdiff_jax.diffusion.schedule import make_schedule
 from vdiff_jax.models.autoencoder import latents_from_moments, sample_moments
 from vdiff_jax.pipeline import Settings, VideoDiffusion, load
-from vdiff_jax.recipe import DataConfig, Recipe, SampleConfig, data_config, diffusion_config, section
+from vdiff_jax.recipe import DataConfig, DiffusionConfig, Recipe, SampleConfig, data_config, diffusion_config, section
 from vdiff_jax.streams import Stream, make_stream
 from vdiff_jax.training.autoencoder_loss import AutoencoderLossConfig, make_autoencoder_loss
 from vdiff_jax.training.diffusion_objective import make_diffusion_loss, predictor
@@ -122,7 +122,6 @@ def _diffusion_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Path
         "text_features": text.config.features if text else None,
     }
     unet = make_component("unet", unet_settings)
-    frozen = jax.device_put({"autoencoder": autoencoder_params, "text_encoder": text_params}, parallel.replicated(mesh))
     trainable = {"unet": unet} | ({"text_encoder": text} if text and text_params is None else {})
 
     def init(key: Array) -> Params:
@@ -130,27 +129,10 @@ def _diffusion_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Path
             return {name: jax.tree.map(jnp.asarray, start.params[name]) for name in trainable}
         return {name: part.init(jax.random.fold_in(key, index)) for index, (name, part) in enumerate(trainable.items())}
 
-    @jax.jit
-    def prepare(frozen: Params, batch: Batch, keys: Array) -> Batch:
-        """Pixels (or cached moments) to final latents; prompts to features where the text encoder is frozen."""
-        batch = dict(batch)
-        moments = batch.pop("moments", None)
-        if moments is None:
-            moments = autoencoder.apply(frozen["autoencoder"], batch.pop("video"), method="encode_moments")
-        shape = (*moments.shape[1:-1], moments.shape[-1] // 2)
-        noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-        batch["latents"] = latents_from_moments(moments, autoencoder.config, noise)
-        if text is not None and frozen["text_encoder"] is not None:
-            batch["text"] = text.apply(frozen["text_encoder"], batch.pop("tokens"), batch["token_mask"])
-        return batch
-
-    stream = make_stream(
-        data,
-        seed=recipe.seed,
-        tokenizer=tokenizer,
-        anchor_rate=mixture.anchor_probability(),
-        digest=digest,
-    )
+    frozen = jax.device_put({"autoencoder": autoencoder_params, "text_encoder": text_params}, parallel.replicated(mesh))
+    prepare = _prepare_fn(autoencoder, text if text_params is not None else None)
+    anchor_rate = mixture.anchor_probability()
+    stream = make_stream(data, seed=recipe.seed, tokenizer=tokenizer, anchor_rate=anchor_rate, digest=digest)
     prepare_key = jax.random.fold_in(jax.random.key(recipe.seed), 1)
 
     def batches_from(step: int) -> Iterator[Batch]:
@@ -171,21 +153,9 @@ def _diffusion_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Path
         prompt_dropout=diffusion.prompt_dropout,
         log_bins=diffusion.log_bins,
     )
-    settings = Settings(
-        size=data.size,
-        fps=data.native_fps,
-        num_frames=sample.num_frames,
-        sampler=sample.sampler,
-        steps=sample.steps,
-        guidance_scale=sample.guidance_scale,
-        prediction=diffusion.prediction,
-        schedule=diffusion.schedule,
-        schedule_settings=dict(diffusion.schedule_settings),
-        context_length=data.context_length,
-    )
-
     components = {"autoencoder": autoencoder, "unet": unet} | ({"text_encoder": text} if text else {})
     known_params = {"autoencoder": autoencoder_params, "text_encoder": text_params}
+    settings = _settings(data, diffusion, sample)
     model = VideoDiffusion(components, {n: known_params.get(n) or {} for n in components}, tokenizer, settings)
 
     def on_sample(step: int, state: TrainState, writer: MetricWriter | None) -> None:
@@ -200,6 +170,42 @@ def _diffusion_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Path
         model.with_params(jax.device_get(state.ema)).save_pretrained(folder)
 
     return Stage(init, loss_fn, batches_from, on_sample, finish)
+
+
+def _prepare_fn(autoencoder: Component, frozen_text: Component | None) -> Callable[[Params, Batch, Array], Batch]:
+    """Pixels (or cached moments) to final latents; prompts to features where the text encoder is frozen."""
+
+    @jax.jit
+    def prepare(frozen: Params, batch: Batch, keys: Array) -> Batch:
+        batch = dict(batch)
+        moments = batch.pop("moments", None)
+        if moments is None:
+            moments = autoencoder.apply(frozen["autoencoder"], batch.pop("video"), method="encode_moments")
+        shape = (*moments.shape[1:-1], moments.shape[-1] // 2)
+        noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+        batch["latents"] = latents_from_moments(moments, autoencoder.config, noise)
+        if frozen_text is not None:
+            batch["text"] = frozen_text.apply(frozen["text_encoder"], batch.pop("tokens"), batch["token_mask"])
+        return batch
+
+    return prepare
+
+
+def _settings(data: DataConfig, diffusion: DiffusionConfig, sample: SampleConfig) -> Settings:
+    """What the saved model will know of its training."""
+    return Settings(
+        size=data.size,
+        fps=data.native_fps,
+        num_frames=sample.num_frames,
+        sampler=sample.sampler,
+        steps=sample.steps,
+        guidance_scale=sample.guidance_scale,
+        prediction=diffusion.prediction,
+        schedule=diffusion.schedule,
+        schedule_settings=dict(diffusion.schedule_settings),
+        noise=diffusion.noise,
+        context_length=data.context_length,
+    )
 
 
 def _text_encoder(

@@ -13,6 +13,7 @@ import pytest
 from vdiff_jax.data import shapes
 from vdiff_jax.data.transforms import to_uint8
 from vdiff_jax.evaluation import shapes_tasks
+from vdiff_jax.evaluation.prompt_influence import ATTRIBUTES, changed
 from vdiff_jax.evaluation.report import METRICS, ProgressTimer, evaluate, rounded, table
 from vdiff_jax.evaluation.shapes_tasks import Evaluation, accuracy, average, blend_frames, share
 
@@ -50,6 +51,17 @@ class TrueModel:
         colour = shapes.parse_caption(prompt)["objects"][0]["colour"]  # right in all but the colour
         return next(c for c in (prompt.replace(colour, other) for other in WORLD.colours if other != colour)
                     if c in self.index)  # fmt: skip
+
+    def estimate(self, z, logsnr, prompts):
+        """What the prompt says at the places of the clip: here, all of it but the direction and the shape."""
+        assert z.shape[:2] == logsnr.shape and len(prompts) == len(z)
+        out = np.zeros(z.shape, np.float32)
+        for row, prompt in enumerate(prompts):
+            if prompt:
+                scene = shapes.parse_caption(prompt)
+                out[row] = shapes.COLOURS.index(scene["objects"][0]["colour"])
+                out[row, ..., 0] += shapes.BACKGROUNDS.index(scene["background"])
+        return out
 
     def encode(self, video):
         return np.asarray(video)
@@ -133,6 +145,33 @@ def test_codec_measures_the_error_of_the_autoencoder():
     assert 20 * math.log10(255 / 5.5) <= result["psnr"]["value"] <= 20 * math.log10(255 / 4.5)
     perfect = run(TrueModel(), ("codec",))["codec"]["iid"]
     assert perfect["psnr"]["value"] > 55 and perfect["ssim"]["value"] > 0.999
+
+
+def test_influence_is_that_of_the_attributes_an_estimate_uses():
+    result = run(TrueModel(), ("influence",))["influence"]["iid"]
+    levels = {"-9", "-7", "-5", "-3", "-1"}
+    for name in ("error", "direction", "shape", "colour", "background", "prompt"):
+        assert result[name].keys() == levels and all(figure["n"] == 24 for figure in result[name].values())
+    for name in ("direction", "shape"):  # this estimate does not know them
+        assert all(figure["value"] == 0.0 for figure in result[name].values())
+    for name in ("colour", "background", "prompt"):
+        assert all(abs(figure["value"]) > 0.05 for figure in result[name].values()), name
+
+
+def test_one_attribute_is_made_wrong_and_no_other():
+    records, _ = every_scene()
+    ev = Evaluation(TrueModel(), WORLD)
+    moving = [n for n in range(200) if "direction" in shapes.attributes(records, n)["objects"][0]]
+    for number in moving[:20]:
+        scene = shapes.attributes(records, number)
+        words = set(shapes.caption(scene).replace("-", " - ").split())
+        for name in ATTRIBUTES:
+            wrong = changed(scene, name, ev)
+            where = (wrong, scene) if name == "background" else (wrong["objects"][0], scene["objects"][0])
+            assert where[0][name] != where[1][name]
+            where[0][name] = where[1][name]
+            assert wrong == scene
+        assert words == set(shapes.caption(scene).replace("-", " - ").split())
 
 
 def test_clips_and_noise_do_not_depend_on_the_batch_size():

@@ -33,6 +33,21 @@ def test_shapes_and_frames_are_coded_alone():
     np.testing.assert_allclose(decode(params, latents[1:, 2:]), video[1:, 2:], atol=1e-5)
 
 
+def test_patches_are_squares_of_pixels():
+    """One pixel moves one latent cell's square only as far as the receptive field, and sizes follow the factor."""
+    component, params = random_autoencoder(channels=(8, 16), patch_size=4)
+    assert component.config.factor == 8
+    moments = component.apply(params, VIDEO, method="encode_moments")
+    assert moments.shape == (2, 3, 2, 1, 6)
+    assert component.apply(params, moments[..., :3], method="decode_raw").shape == VIDEO.shape
+    # With every later layer silent, the decoder's bias is one pattern, repeated square by square.
+    silent = jax.tree.map(np.zeros_like, params)
+    silent["decoder"]["conv_out"]["bias"] = np.arange(48, dtype=np.float32)
+    video = np.asarray(component.apply(silent, moments[..., :3], method="decode_raw"))
+    square = np.arange(48).reshape(4, 4, 3)
+    np.testing.assert_array_equal(video[0, 0], np.tile(square, (4, 2, 1)))
+
+
 def test_statistics_standardise_and_come_back():
     component, params = random_autoencoder()
     moments = np.asarray(component.apply(params, VIDEO, method="encode_moments"))

@@ -139,3 +139,15 @@ def test_sinusoidal_embedding_tells_positions_apart():
     for i, j in itertools.combinations(range(0, len(embedding), 13), 2):
         assert np.abs(embedding[i] - embedding[j]).max() > 0.05
     np.testing.assert_allclose(np.square(embedding).sum(-1), 16.0, rtol=1e-5)
+
+
+def test_coordinates_are_token_centres_at_any_resolution():
+    for height, width in ((4, 8), (16, 2)):
+        where = np.asarray(layers.coordinate_embedding(height, width))
+        assert where.shape == (height, width, layers.COORDINATE_FEATURES)
+        edges = np.linspace(-1, 1, width + 1)
+        np.testing.assert_allclose(where[0, :, 1], (edges[:-1] + edges[1:]) / 2, atol=1e-6)
+        np.testing.assert_allclose(where[..., 0], -where[::-1, :, 0], atol=1e-6)
+        np.testing.assert_allclose(where[..., 5], np.sin(np.pi * where[..., 1] / 2), atol=1e-6)
+    fine, coarse = layers.coordinate_embedding(8, 8), layers.coordinate_embedding(4, 4)
+    np.testing.assert_allclose(fine[..., :2].reshape(4, 2, 4, 2, 2).mean((1, 3)), coarse[..., :2], atol=1e-6)

@@ -9,7 +9,7 @@ import pytest
 
 from vdiff_jax.components import make_component
 from vdiff_jax.models.functional import functional, parameter_count
-from vdiff_jax.models.unet import UNetConfig, VideoUNet
+from vdiff_jax.models.unet import PromptLayout, UNetConfig, VideoUNet, pool_text
 from vdiff_jax.types import Conditioning
 
 SMALL = UNetConfig(
@@ -89,6 +89,45 @@ def test_every_input_matters_and_padding_does_not(part):
     np.testing.assert_allclose(same, after, atol=1e-4)
 
 
+def test_the_layout_is_a_product_of_prompt_time_and_place():
+    """Its triple difference over prompt, time and place is not zero, as it would be for any sum of pairs."""
+    init, apply = functional(lambda: PromptLayout(SMALL))
+    params = jax.jit(init)(jax.random.key(0))
+    text, times = np.ones((2, 1, 6), np.float32), np.array([[-2.0, 0.0, 2.0]] * 2, np.float32)
+    text[1] = -1.0
+    layout = np.asarray(apply(params, Conditioning(text, None, times), (2, 3, 4, 8, 1)))
+    assert layout.shape == (2, 3, 4, 8, SMALL.layout_features)
+    difference = np.diff(np.diff(np.diff(layout[:, [0, 2]][..., [0, -1], :], axis=0), axis=1), axis=3)
+    assert (np.abs(difference).max((0, 1, 2, 3)) > 1e-3).all()
+    later = apply(params, Conditioning(text, None, times + 9.0), (2, 3, 4, 8, 1))
+    np.testing.assert_allclose(later, layout, atol=1e-4)
+    assert not apply(params, Conditioning(None, None, times), (2, 3, 4, 8, 1)).any()
+
+
+def test_one_word_weighs_the_same_in_short_and_long_prompts():
+    """A prompt of n independent words pools to the same scale for every n, so a word is 1/sqrt(n) of it."""
+    rng = np.random.default_rng(0)
+    for words in (4, 64):
+        text = rng.normal(size=(500, 80, 8)).astype(np.float32)
+        mask = np.broadcast_to(np.arange(80) < words, (500, 80))
+        assert np.std(pool_text(jnp.asarray(text), jnp.asarray(mask))) == pytest.approx(1.0, rel=0.05)
+
+
+def test_coordinates_are_optional_and_tell_places_apart():
+    """Far from the border a convolution cannot know where it is; with coordinates the same content differs by place."""
+    _, logsnr, _, context, cond = inputs()
+    zeros = np.zeros((2, FRAMES, 32, 32, 2), np.float32)
+    big = [zeros, logsnr, zeros[..., :1], context]
+    flat = UNetConfig(**{**SMALL.__dict__, "channels": (8,), "attention": (False,)})
+    for config, differs in (
+        (flat, True),
+        (UNetConfig(**{**flat.__dict__, "coordinates": False, "layout_features": 0}), False),
+    ):
+        params, apply = network(config)
+        out = np.asarray(apply(params, *big, cond))
+        assert (np.abs(out[:, :, 15, 15] - out[:, :, 16, 16]).max() > 1e-3) == differs
+
+
 def test_shifting_time_changes_nothing_stretching_does():
     params, apply = network()
     base = inputs()
@@ -106,7 +145,7 @@ def test_fresh_temporal_branches_leave_an_image_model():
 
     def silence(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        silent = ("temporal_conv.conv", "temporal.proj_out", "embedding.time")
+        silent = ("temporal_conv.conv", "temporal.proj_out", "embedding.time", "layout.prompt")
         return np.zeros_like(leaf) if any(part in name for part in silent) else leaf
 
     image = jax.tree_util.tree_map_with_path(silence, params)

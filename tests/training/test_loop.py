@@ -59,14 +59,15 @@ def saved_steps(tmp_path):
 
 
 def test_a_run_to_its_end_saves_logs_and_samples(tmp_path):
-    sampled = []
+    sampled, models = [], []
     state, finished = run(
         tmp_path,
-        LoopConfig(num_steps=7, log_steps=2, checkpoint_steps=3, sample_steps=5),
+        LoopConfig(num_steps=7, log_steps=2, checkpoint_steps=3, sample_steps=5, model_steps=3),
         on_sample=lambda step, state, writer: sampled.append((step, int(state.step))),
+        on_model=lambda step, state: models.append((step, int(state.step))),
     )
     assert finished and int(state.step) == 7
-    assert saved_steps(tmp_path) == [3, 6, 7] and sampled == [(5, 5)]
+    assert saved_steps(tmp_path) == [3, 6, 7] and sampled == [(5, 5)] and models == [(3, 3), (6, 6)]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 6, 7]
     for line in lines:

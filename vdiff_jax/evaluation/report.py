@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 from vdiff_jax import __version__
 from vdiff_jax.data.shapes import SPLITS, ShapesWorld
 from vdiff_jax.evaluation import shapes_tasks
+from vdiff_jax.evaluation.prompt_influence import influence
 from vdiff_jax.evaluation.shapes_tasks import Evaluation
 
 if TYPE_CHECKING:
     from vdiff_jax.pipeline import VideoDiffusion
 
-METRICS = ("alignment", "prediction", "interpolation", "codec")
+METRICS = ("alignment", "prediction", "interpolation", "codec", "influence")
 
 
 class ProgressTimer:
@@ -102,6 +103,8 @@ def _tasks(metric: str, splits: Sequence[str]) -> dict[str, Callable[[Evaluation
         return {split: lambda ev, split=split: shapes_tasks.alignment(ev, split) for split in splits}
     if metric == "codec":
         return {"iid": shapes_tasks.codec}
+    if metric == "influence":
+        return {"iid": influence}
     task = {"prediction": shapes_tasks.prediction, "interpolation": shapes_tasks.interpolation}[metric]
     return {
         "without prompt": lambda ev: task(ev, prompted=False),

@@ -14,7 +14,16 @@ from einops import rearrange, repeat
 from flax import nnx
 
 from vdiff_jax.models.attention import Attention
-from vdiff_jax.models.layers import Dense, Feedforward, FrameConv, GroupNorm, LayerNorm, TemporalConv
+from vdiff_jax.models.layers import (
+    COORDINATE_FEATURES,
+    Dense,
+    Feedforward,
+    FrameConv,
+    GroupNorm,
+    LayerNorm,
+    TemporalConv,
+    coordinate_embedding,
+)
 from vdiff_jax.types import Array, Conditioning
 
 
@@ -86,13 +95,17 @@ class TransformerLayer(nnx.Module):
 
 
 class SpatialTransformer(nnx.Module):
-    """Self-attention within each frame and cross-attention to the prompt, residual outside."""
+    """Self-attention within each frame and cross-attention to the prompt, residual outside.
+
+    coordinates: tokens know where in the frame they stand, see `layers.coordinate_embedding`.
+    """
 
     def __init__(
         self,
         features: int,
         *,
         text_features: int | None,
+        coordinates: bool,
         head_dim: int,
         norm_groups: int,
         implementation: str,
@@ -100,6 +113,7 @@ class SpatialTransformer(nnx.Module):
     ):
         self.norm = GroupNorm(features, groups=norm_groups, scope="frame", epsilon=1e-6, dtype=dtype)
         self.proj_in = Dense(features, features, dtype=dtype)
+        self.position = Dense(COORDINATE_FEATURES, features, use_bias=False, dtype=dtype) if coordinates else None
         self.layer = TransformerLayer(
             features, text_features=text_features, head_dim=head_dim, implementation=implementation, dtype=dtype
         )
@@ -107,7 +121,10 @@ class SpatialTransformer(nnx.Module):
 
     def __call__(self, x: Array, cond: Conditioning) -> Array:
         batch, num_frames, height, width, _ = x.shape
-        tokens = rearrange(self.proj_in(self.norm(x)), "b f h w c -> (b f) (h w) c")
+        tokens = self.proj_in(self.norm(x))
+        if self.position is not None:
+            tokens = tokens + self.position(coordinate_embedding(height, width))[None, None]
+        tokens = rearrange(tokens, "b f h w c -> (b f) (h w) c")
         tokens = self.layer.attend(tokens)
         if cond.text is not None and self.layer.attn2 is not None:
             # All tokens of a clip share the prompt: one long query instead of a text copy per frame.
@@ -146,6 +163,7 @@ class SpaceTimeBlock(nnx.Module):
         *,
         embedding_features: int,
         text_features: int | None,
+        coordinates: bool,
         attention: bool,
         head_dim: int,
         norm_groups: int,
@@ -156,7 +174,8 @@ class SpaceTimeBlock(nnx.Module):
         self.res = ResBlock(in_features, out_features, embedding_features, **shared)
         self.temporal_conv = TemporalConvBlock(out_features, embedding_features, **shared)
         heads: dict[str, Any] = dict(head_dim=head_dim, implementation=implementation, **shared)
-        self.spatial = SpatialTransformer(out_features, text_features=text_features, **heads) if attention else None
+        prompt: dict[str, Any] = dict(text_features=text_features, coordinates=coordinates)
+        self.spatial = SpatialTransformer(out_features, **prompt, **heads) if attention else None
         self.temporal = TemporalTransformer(out_features, **heads) if attention else None
 
     def __call__(self, x: Array, embedding: Array, cond: Conditioning) -> Array:

@@ -184,6 +184,21 @@ def sinusoidal_embedding(position: Array, features: int, *, max_period: float = 
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
+COORDINATE_FEATURES = 14
+
+
+def coordinate_embedding(height: int, width: int) -> Array:
+    """`[h w 14]`: where a token stands in its frame, whatever the resolution.
+
+    Token centres `y, x` in [-1, 1], and sine and cosine of each at a half, one and two turns over the frame.
+    """
+    y = (2.0 * jnp.arange(height, dtype=jnp.float32) + 1.0) / height - 1.0
+    x = (2.0 * jnp.arange(width, dtype=jnp.float32) + 1.0) / width - 1.0
+    centre = jnp.stack(jnp.meshgrid(y, x, indexing="ij"), axis=-1)
+    angles = (centre[..., None] * (jnp.pi * jnp.array([0.5, 1.0, 2.0]))[None, None, None]).reshape(height, width, 6)
+    return jnp.concatenate([centre, jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
 class Feedforward(nnx.Module):
     """Transformer feed-forward, `[... d] -> [... d]`: GEGLU with exact GELU (Shazeer 2020); output scale settable."""
 

@@ -86,7 +86,8 @@ class TextEncoder(nnx.Module):
 
     def __init__(self, config: TextEncoderConfig):
         self.config = config
-        self.token_embedding = parameter((config.vocab_size, config.features), std=0.02 if config.causal else 0.1)
+        # As large as what the layers add, so that words of one kind are told apart from the first step.
+        self.token_embedding = parameter((config.vocab_size, config.features), std=1.0)
         self.position_embedding = parameter((config.context_length, config.features), std=0.02)
         self.type_embedding = parameter((config.token_types, config.features)) if config.token_types else None
         self.embedding_norm = LayerNorm(config.features, epsilon=config.epsilon) if config.norm == "post" else None

@@ -1,7 +1,7 @@
 """`VideoUNet`: the factorised space-time UNet whose noise level is per frame.
 
-Input channels are `concat(z, known_mask, known_mask * context_logsnr / 10)`; each frame has its own embedding made of
-its noise level, its time stamp, the gaps to its neighbours and the pooled prompt.
+Input channels are `concat(z, known_mask, known_mask * context_logsnr / 10, coordinates)`; each frame has its own
+embedding made of its noise level, its time stamp, the gaps to its neighbours and the pooled prompt.
 """
 
 from __future__ import annotations
@@ -14,7 +14,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vdiff_jax.models.blocks import ResBlock, SpaceTimeBlock
-from vdiff_jax.models.layers import Dense, Downsample, FrameConv, GroupNorm, Upsample, sinusoidal_embedding
+from vdiff_jax.models.layers import (
+    COORDINATE_FEATURES,
+    Dense,
+    Downsample,
+    FrameConv,
+    GroupNorm,
+    Upsample,
+    coordinate_embedding,
+    sinusoidal_embedding,
+)
 from vdiff_jax.types import Array, Conditioning, KnownMask, Latents, LogSNR
 
 Remat = Literal["none", "blocks", "dots"]
@@ -28,6 +37,9 @@ class UNetConfig:
     channels: width of each level, full resolution first; each further level halves height and width.
     attention: per level, whether its blocks carry spatial and temporal transformers.
     text_features: width of the prompt tokens, None for an unconditional model.
+    coordinates: tell every token where in the frame it stands. Convolutions find that out from their zero padding
+        alone, slowly; words like "left" in a prompt need it at once.
+    layout_features: input channels that say where and when things shall be, see `PromptLayout`; 0 for none.
     dtype: compute type, "float32" or "bfloat16"; parameters and norms are fp32 always.
     remat: "none", "blocks" (recompute each block in the backward pass) or "dots" (as blocks, but keep matmuls).
     """
@@ -37,6 +49,8 @@ class UNetConfig:
     blocks_per_level: int = 1
     attention: tuple[bool, ...] = (True, True)
     text_features: int | None = 64
+    coordinates: bool = True
+    layout_features: int = 32
     embedding_features: int = 256
     head_dim: int = 32
     norm_groups: int = 8
@@ -79,13 +93,18 @@ class VideoUNet(nnx.Module):
         block: dict[str, Any] = dict(
             embedding_features=config.embedding_features,
             text_features=config.text_features,
+            coordinates=config.coordinates,
             head_dim=config.head_dim,
             norm_groups=config.norm_groups,
             implementation=config.attention_implementation,
             dtype=dtype,
         )
         self.embedding = FrameEmbedding(config)
-        self.conv_in = FrameConv(config.latent_channels + 2, config.channels[0], dtype=dtype)
+        self.layout = PromptLayout(config) if config.text_features and config.layout_features else None
+        inputs = config.latent_channels + 2
+        inputs += COORDINATE_FEATURES if config.coordinates else 0
+        inputs += config.layout_features if self.layout else 0
+        self.conv_in = FrameConv(inputs, config.channels[0], dtype=dtype)
 
         skips = [config.channels[0]]
         width = config.channels[0]
@@ -132,7 +151,13 @@ class VideoUNet(nnx.Module):
         # A frame known in all its tokens is at its context level, whatever the level of the others.
         whole = known_mask.min(axis=(2, 3, 4)) > 0.5
         embedding = self.embedding(jnp.where(whole, context_logsnr, logsnr), cond)
-        x = self.conv_in(jnp.concatenate([z, known_mask, level], axis=-1))
+        inputs = [z, known_mask, level]
+        if config.coordinates:
+            where = coordinate_embedding(z.shape[2], z.shape[3])
+            inputs.append(jnp.broadcast_to(where[None, None], (*z.shape[:-1], where.shape[-1])))
+        if self.layout is not None:
+            inputs.append(self.layout(cond, z.shape))
+        x = self.conv_in(jnp.concatenate(inputs, axis=-1))
 
         skips = [x]
         down, downsamplers = iter(self.down), iter(self.downsamplers)
@@ -162,39 +187,76 @@ class VideoUNet(nnx.Module):
         return jax.checkpoint(lambda b, *args: b(*args), policy=policy)(block, x, embedding, cond)
 
 
+TIME_FEATURES = 64
+
+
+def time_embedding(times: Array) -> Array:
+    """`[b f] -> [b f 3 * 64]`: sinusoids of the time from the middle of the window and of the gaps to both neighbours.
+
+    Shifting a clip in time changes nothing. A single frame has gaps of zero.
+    """
+    times = times.astype(jnp.float32)
+    gaps = jnp.diff(times, axis=1)
+    first, last = (gaps[:, :1], gaps[:, -1:]) if times.shape[1] > 1 else (jnp.zeros_like(times),) * 2
+    stamps = jnp.stack(
+        [
+            times - times.mean(axis=1, keepdims=True),
+            jnp.concatenate([first, gaps], axis=1),
+            jnp.concatenate([gaps, last], axis=1),
+        ],
+        axis=-1,
+    )
+    return sinusoidal_embedding(stamps, TIME_FEATURES, max_period=200.0).reshape(*times.shape, -1)
+
+
+def pool_text(text: Array, text_mask: Array | None) -> Array:
+    """`[b n d] -> [b d]`: sum over the tokens by the root of their number, so one word is not lost in a long prompt."""
+    mask = jnp.ones(text.shape[:2]) if text_mask is None else text_mask.astype(jnp.float32)
+    return (text * mask[..., None]).sum(1) / jnp.sqrt(jnp.maximum(mask.sum(1, keepdims=True), 1.0))
+
+
 class FrameEmbedding(nnx.Module):
     """`[b f e]`: noise level, time stamp, gaps to the neighbour frames, pooled prompt.
 
-    The level enters as `u = 2/pi atan(exp(-logsnr/2))` in [0, 1] (the angle of the VP process), times 1000. Time
-    enters relative to the mean of the window, so shifting a clip in time changes nothing.
+    The level enters as `u = 2/pi atan(exp(-logsnr/2))` in [0, 1] (the angle of the VP process), times 1000.
     """
 
     def __init__(self, config: UNetConfig):
         features, hidden = 64, config.embedding_features
         self.level = Dense(features, hidden)
-        self.time = Dense(3 * features, hidden)
+        self.time = Dense(3 * TIME_FEATURES, hidden)
         self.text = Dense(config.text_features, hidden) if config.text_features else None
         self.hidden = Dense(hidden, hidden)
         self.features = features
 
     def __call__(self, logsnr: LogSNR, cond: Conditioning) -> Array:
         angle = jnp.arctan(jnp.exp(-0.5 * jnp.clip(logsnr, -40.0, 40.0))) * (2.0 / jnp.pi)
-        times = cond.times.astype(jnp.float32)
-        gaps = jnp.diff(times, axis=1)
-        first, last = (gaps[:, :1], gaps[:, -1:]) if times.shape[1] > 1 else (jnp.zeros_like(times),) * 2
-        stamps = jnp.stack(
-            [
-                times - times.mean(axis=1, keepdims=True),
-                jnp.concatenate([first, gaps], axis=1),
-                jnp.concatenate([gaps, last], axis=1),
-            ],
-            axis=-1,
-        )
-        stamps = sinusoidal_embedding(stamps, self.features, max_period=200.0)
-        hidden = self.level(sinusoidal_embedding(1000.0 * angle, self.features))
-        hidden = hidden + self.time(stamps.reshape(*times.shape, -1))
+        hidden = self.level(sinusoidal_embedding(1000.0 * angle, self.features)) + self.time(time_embedding(cond.times))
         if self.text is not None and cond.text is not None:
-            mask = jnp.ones(cond.text.shape[:2]) if cond.text_mask is None else cond.text_mask.astype(jnp.float32)
-            pooled = (cond.text * mask[..., None]).sum(1) / jnp.maximum(mask.sum(1, keepdims=True), 1.0)
-            hidden = hidden + self.text(pooled)[:, None]
+            hidden = hidden + self.text(pool_text(cond.text, cond.text_mask))[:, None]
         return self.hidden(jax.nn.silu(hidden))
+
+
+class PromptLayout(nnx.Module):
+    """`[b f h w r]`: what the prompt says about where things are when, as input channels.
+
+        layout_r(t, y, x) = prompt_r * time_r(t) * place_r(y, x)
+
+    "Moving left" means right of the middle early and left of it late. Prompt, time and place say nothing about that
+    one by one or two by two, so a network that is given them one by one starts without a slope towards their product:
+    ours saw 90 thousand clips and never followed a direction. Given products to choose from, it does so first of all.
+    """
+
+    def __init__(self, config: UNetConfig):
+        assert config.text_features is not None
+        self.prompt = Dense(config.text_features, config.layout_features)
+        self.time = Dense(3 * TIME_FEATURES, config.layout_features)
+        self.place = Dense(COORDINATE_FEATURES, config.layout_features)
+        self.features = config.layout_features
+
+    def __call__(self, cond: Conditioning, shape: tuple[int, ...]) -> Array:
+        """shape: `(b, f, h, w, ...)` of the latents. Zero without a prompt."""
+        if cond.text is None:
+            return jnp.zeros((*shape[:4], self.features))
+        wanted = self.prompt(pool_text(cond.text, cond.text_mask))[:, None] * self.time(time_embedding(cond.times))
+        return wanted[:, :, None, None] * self.place(coordinate_embedding(shape[2], shape[3]))[None, None]

@@ -27,6 +27,7 @@ Callback = Callable[[int, TrainState, MetricWriter | None], None]
 class LoopConfig:
     """All intervals are in steps; 0 switches a thing off.
 
+    sample_steps: previews. model_steps: finished models on the way, to measure quality against steps.
     max_skipped_in_row: that many non-finite updates in a row stop the run, after a checkpoint.
     max_minutes: stop cleanly, with a checkpoint, after this many minutes in this process (0 = no limit).
     """
@@ -35,6 +36,7 @@ class LoopConfig:
     log_steps: int = 50
     checkpoint_steps: int = 500
     sample_steps: int = 1000
+    model_steps: int = 0
     max_skipped_in_row: int = 10
     max_minutes: float = 0.0
 
@@ -81,6 +83,7 @@ def fit(
     meta: dict[str, Any],
     writer: MetricWriter | None = None,
     on_sample: Callback | None = None,
+    on_model: Callable[[int, TrainState], None] | None = None,
 ) -> tuple[TrainState, bool]:
     """Train from `state.step` to `config.num_steps`; returns (state, finished).
 
@@ -105,6 +108,8 @@ def fit(
                     checkpoints.save(state, meta)
                 if on_sample is not None and _due(step, config.sample_steps):
                     on_sample(step, state, writer)
+                if on_model is not None and _due(step, config.model_steps):
+                    on_model(step, state)
                 late = config.max_minutes and time.monotonic() - started > 60 * config.max_minutes
                 if stop or late:
                     progress.note(f"stopping at step {step}: " + ("signal received" if stop else "time limit reached"))
