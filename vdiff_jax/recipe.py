@@ -62,6 +62,8 @@ class DiffusionConfig:
     schedule, schedule_settings: see `diffusion.schedule`. prediction: "eps", "x0", "v" or "velocity".
     weighting, weighting_settings: see `diffusion.loss`. noise: see `diffusion.noise`.
     prompt_dropout: share of clips whose prompt is replaced by the empty one, so that guidance is trained.
+    context_prompt_dropout: the same for clips of which something is known: to go on, fill in and repair is often asked
+        without any words.
     """
 
     schedule: str = "cosine"
@@ -71,6 +73,7 @@ class DiffusionConfig:
     weighting_settings: dict[str, float] = dataclasses.field(default_factory=dict)
     noise: str = "gaussian"
     prompt_dropout: float = 0.1
+    context_prompt_dropout: float = 0.3
     log_bins: int = 8
 
 

@@ -151,6 +151,7 @@ def _diffusion_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Path
         weighting_settings=dict(diffusion.weighting_settings),
         noise=diffusion.noise,
         prompt_dropout=diffusion.prompt_dropout,
+        context_prompt_dropout=diffusion.context_prompt_dropout,
         log_bins=diffusion.log_bins,
     )
     components = {"autoencoder": autoencoder, "unet": unet} | ({"text_encoder": text} if text else {})

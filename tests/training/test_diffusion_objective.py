@@ -118,13 +118,24 @@ def test_noise_of_a_clip_depends_on_its_key_alone():
     assert abs(np.mean(frames[:, 0] * frames[:, 1])) < 0.05
 
 
+PREFIX = Mixture(
+    text_to_video=0.0, known_frames=1.0, hole=0.0, ramp=0.0, independent=0.0,
+    prefix=1.0, both_ends=0.0, first_only=0.0, every_nth=0.0, random_frames=0.0, suffix=0.0,
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.1, 1.0])
-def test_prompts_are_dropped_at_their_rate(rate):
+@pytest.mark.parametrize("num_frames", [1, 3])
+def test_prompts_are_dropped_at_their_rate(rate, num_frames):
+    """One frame is never known and three always show something, so each clip has one of the two rates."""
     size = 2000
+    rates = {"prompt_dropout": rate, "context_prompt_dropout": 1 - rate}
+    if num_frames == 3:
+        rates = {"prompt_dropout": 1 - rate, "context_prompt_dropout": rate}
     tokens = np.tile(np.arange(10, 14, dtype=np.int32), (size, 1))
     batch = {
-        "latents": np.zeros((size, 1, 1, 1, 1), np.float32),
-        "times": np.zeros((size, 1), np.float32),
+        "latents": np.zeros((size, num_frames, 1, 1, 1), np.float32),
+        "times": np.tile(np.arange(num_frames, dtype=np.float32), (size, 1)),
         "tokens": tokens,
         "token_mask": np.ones((size, 4), bool),
     }
@@ -140,7 +151,7 @@ def test_prompts_are_dropped_at_their_rate(rate):
 
     @jax.jit
     def run(keys):
-        make(predict, encode, null_prompt=null, prompt_dropout=rate)({"scale": 2.0}, batch, keys)
+        make(predict, encode, null_prompt=null, mixture=PREFIX, **rates)({"scale": 2.0}, batch, keys)
         return seen["cond"]
 
     cond = run(sample_keys(jax.random.key(1), size))

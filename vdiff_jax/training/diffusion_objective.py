@@ -33,13 +33,15 @@ def make_diffusion_loss(
     weighting_settings: dict[str, float],
     noise: str = "gaussian",
     prompt_dropout: float = 0.1,
+    context_prompt_dropout: float = 0.3,
     log_bins: int = 8,
 ):
     """loss_fn(params, batch, keys [b]) -> (loss, metrics), for `training.step`.
 
     batch: `latents [b f h w c]` final, `times [b f]`, optional `anchor [b]`, and either `tokens`/`token_mask [b n]`
     (encoded by `encode_text(params, tokens, mask)`) or ready `text [b n d]`/`token_mask`; null_prompt is the pair
-    (tokens or features [n ...], mask [n]) that replaces a dropped prompt.
+    (tokens or features [n ...], mask [n]) that replaces a dropped prompt. prompt_dropout: share of clips with nothing
+    known that lose their prompt; context_prompt_dropout: of those with something known.
     """
     # A zero-terminal-SNR table starts at -inf; its bins start where the process is noise for all purposes.
     edges = jnp.linspace(max(schedule.logsnr_min, -20.0), min(schedule.logsnr_max, 20.0), log_bins + 1)
@@ -54,7 +56,10 @@ def make_diffusion_loss(
         tokens = token_logsnr(drawn.logsnr, drawn.mask, drawn.context_logsnr)
         eps = draw_noise(noise_keys, x.shape[1:], noise)
         z = add_noise(x, eps, tokens)
-        cond = _conditioning(params, batch, drop_keys)
+        has_context = jnp.any(drawn.mask > 0.5, axis=(1, 2, 3, 4))
+        drop_rate = jnp.where(has_context, context_prompt_dropout, prompt_dropout)
+        drop = jax.vmap(jax.random.bernoulli)(drop_keys, drop_rate)
+        cond = _conditioning(params, batch, drop)
         output = predict_fn(params, z, drawn.logsnr, drawn.mask, drawn.context_logsnr, cond)
         per_sample, eps_loss = losses.diffusion_loss(
             output, kind, x, eps, z, tokens, drawn.mask, weighting=weighting, **weighting_settings
@@ -73,12 +78,11 @@ def make_diffusion_loss(
         }
         return per_sample.mean(), metrics
 
-    def _conditioning(params: Params, batch: Batch, drop_keys: Array) -> Conditioning:
+    def _conditioning(params: Params, batch: Batch, drop: Array) -> Conditioning:
         if null_prompt is None:
             return Conditioning(None, None, batch["times"])
         name = "text" if "text" in batch else "tokens"
         value, mask = batch[name], batch["token_mask"]
-        drop = jax.vmap(lambda key: jax.random.bernoulli(key, prompt_dropout))(drop_keys)
         value = jnp.where(drop.reshape(-1, *(1,) * (value.ndim - 1)), null_prompt[0][None], value)
         mask = jnp.where(drop[:, None], null_prompt[1][None], mask)
         text = value if name == "text" else encode_text(params, value, mask)  # type: ignore[misc]
