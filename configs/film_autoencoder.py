@@ -3,8 +3,8 @@
     python benchmarks/fetch_film.py --out=runs/film64
     python train.py --config=configs/film_autoencoder.py --workdir=runs/film_autoencoder
 
-Pairs of frames from the training shots; 0.66 M parameters. Any folder of clips does: --config.data.folder=my_clips.
-About one step of 16 frames a second on 2 CPU cores that others share. docs/film.md tells what is measured and reached.
+Pairs of frames from the training shots; 0.64 M parameters. Any folder of clips does: --config.data.folder=my_clips.
+Two to three steps of 16 frames a second on 2 CPU cores. docs/film.md tells what is measured and reached.
 """
 
 from vdiff_jax.recipe import Recipe, default_recipe
@@ -26,5 +26,5 @@ def get_config() -> Recipe:
         stride_weights=(1.0,),
     )
     config.optimizer.update(learning_rate=2e-3, warmup_steps=50, weight_decay=0.0)
-    config.train.update(num_steps=1700, log_steps=10, checkpoint_steps=200, sample_steps=400, ema_decay=0.99)
+    config.train.update(num_steps=2500, log_steps=50, checkpoint_steps=250, sample_steps=500, ema_decay=0.99)
     return config
