@@ -26,5 +26,5 @@ def get_config() -> Recipe:
         stride_weights=(1.0,),
     )
     config.optimizer.update(learning_rate=2e-3, warmup_steps=50, weight_decay=0.0)
-    config.train.update(num_steps=2500, log_steps=50, checkpoint_steps=250, sample_steps=500, ema_decay=0.99)
+    config.train.update(num_steps=1200, log_steps=50, checkpoint_steps=250, sample_steps=500, ema_decay=0.99)
     return config

@@ -48,6 +48,23 @@ def test_patches_are_squares_of_pixels():
     np.testing.assert_array_equal(video[0, 0], np.tile(square, (4, 2, 1)))
 
 
+def test_a_fresh_linear_path_is_a_linear_map_of_squares():
+    """At the start the convolutions are silent, so coding is linear and no square sees another."""
+    component = make_component("autoencoder", {**SETTINGS, "linear_path": True})
+    params = component.init(jax.random.key(0))
+    apply = component.apply
+
+    def code(video):
+        return np.asarray(apply(params, apply(params, video, method="encode_moments")[..., :3], method="decode_raw"))
+
+    double = code(VIDEO)
+    np.testing.assert_allclose(code(2 * VIDEO), 2 * double, atol=1e-5)
+    other = VIDEO.copy()
+    other[:, :, :4, :4] = 0.3
+    changed = np.abs(code(other) - double).max((0, 1, 4)) > 1e-5
+    assert changed[:4, :4].any() and not changed[4:].any() and not changed[:, 4:].any()
+
+
 def test_statistics_standardise_and_come_back():
     component, params = random_autoencoder()
     moments = np.asarray(component.apply(params, VIDEO, method="encode_moments"))
