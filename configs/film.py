@@ -47,6 +47,6 @@ def get_config() -> Recipe:
     # The noisiest levels decide how the shot goes on: go there often, and let it count.
     config.diffusion.update(weighting="v", schedule_settings=dict(shift=-2.0))
     config.optimizer.update(learning_rate=2e-3, warmup_steps=50)
-    config.train.update(num_steps=1600, log_steps=20, checkpoint_steps=200, sample_steps=0, ema_decay=0.99)
+    config.train.update(num_steps=800, log_steps=20, checkpoint_steps=200, sample_steps=0, ema_decay=0.99)
     config.sample.update(prompts=("",) * 4, num_frames=8)
     return config

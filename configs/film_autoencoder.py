@@ -13,7 +13,7 @@ from vdiff_jax.recipe import Recipe, default_recipe
 def get_config() -> Recipe:
     config = default_recipe("autoencoder")
     config.model.autoencoder.update(
-        channels=(32, 64), patch_size=2, latent_channels=12, norm_groups=8, mid_attention=False
+        channels=(32, 64), patch_size=2, linear_path=True, latent_channels=12, norm_groups=8, mid_attention=False
     )
     config.data.update(
         source="folder",
@@ -25,6 +25,6 @@ def get_config() -> Recipe:
         strides=(4,),  # frames half a second apart: more variety than neighbours
         stride_weights=(1.0,),
     )
-    config.optimizer.update(learning_rate=2e-3, warmup_steps=50, weight_decay=0.0)
-    config.train.update(num_steps=1200, log_steps=50, checkpoint_steps=250, sample_steps=500, ema_decay=0.99)
+    config.optimizer.update(learning_rate=1e-3, warmup_steps=100, weight_decay=0.0)
+    config.train.update(num_steps=600, log_steps=50, checkpoint_steps=250, sample_steps=500, ema_decay=0.99)
     return config

@@ -23,7 +23,7 @@ from vdiff_jax.data.transforms import to_uint8
 from vdiff_jax.data.video_io import contact_sheet, save_image
 from vdiff_jax.diffusion.prediction import check_kind
 from vdiff_jax.diffusion.schedule import make_schedule
-from vdiff_jax.models.autoencoder import latents_from_moments, sample_moments
+from vdiff_jax.models.autoencoder import latents_from_moments, principal_components, sample_moments
 from vdiff_jax.pipeline import Settings, VideoDiffusion, load
 from vdiff_jax.recipe import DataConfig, DiffusionConfig, Recipe, SampleConfig, data_config, diffusion_config, section
 from vdiff_jax.streams import Stream, make_stream
@@ -98,7 +98,15 @@ def _autoencoder_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Pa
         )
         model.save_pretrained(folder)
 
-    init = (lambda key: jax.tree.map(jnp.asarray, start)) if start is not None else component.init
+    def init(key: Array) -> Params:
+        if start is not None:
+            return jax.tree.map(jnp.asarray, start)
+        return {**component.init(key), **linear}
+
+    linear: Params = {}
+    if component.config.linear_path and start is None:
+        first = (stream.device_batch(step)["video"] for step in range(32))
+        linear = principal_components(first, component.config)
     return Stage(init, loss_fn, lambda step: stream.starting_at(step, mesh), on_sample, finish)
 
 

@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 
 from vdiff_jax.components import make_component
-from vdiff_jax.models.autoencoder import AutoencoderConfig, latents_from_moments, raw_from_final, sample_moments
+from vdiff_jax.models.autoencoder import (
+    AutoencoderConfig,
+    from_squares,
+    latents_from_moments,
+    principal_components,
+    raw_from_final,
+    sample_moments,
+)
 
 SETTINGS = dict(channels=(8, 16, 16), norm_groups=4, latent_channels=3)
 
@@ -63,6 +70,23 @@ def test_a_fresh_linear_path_is_a_linear_map_of_squares():
     other[:, :, :4, :4] = 0.3
     changed = np.abs(code(other) - double).max((0, 1, 4)) > 1e-5
     assert changed[:4, :4].any() and not changed[4:].any() and not changed[:, 4:].any()
+
+
+def test_principal_components_code_as_well_as_any_linear_map_can():
+    rng = np.random.default_rng(0)
+    component = make_component("autoencoder", {**SETTINGS, "channels": (8,), "patch_size": 2, "linear_path": True})
+    # Squares of 12 values that vary along 3 directions only, and a little noise.
+    values = rng.normal(size=(40, 1, 4, 4, 3)) @ rng.normal(size=(3, 12)) * 0.2 + 0.3
+    values += 0.01 * rng.normal(size=values.shape)
+    video = np.asarray(from_squares(jax.numpy.asarray(values, jax.numpy.float32), 2))
+    params = {**component.init(jax.random.key(0)), **principal_components([video[:20], video[20:]], component.config)}
+    moments = np.asarray(component.apply(params, video, method="encode_moments"))
+    raw = moments[..., :3].reshape(-1, 3)
+    np.testing.assert_allclose(np.cov(raw.T), np.eye(3), atol=1e-3)
+    output = np.asarray(component.apply(params, moments[..., :3], method="decode_raw"))
+    flat = values.reshape(-1, 12)
+    left = np.linalg.svd(flat - flat.mean(0), compute_uv=False)[3:]  # what no 3 directions can hold
+    np.testing.assert_allclose(np.square(output - video).sum(), np.square(left).sum(), rtol=0.02)
 
 
 def test_statistics_standardise_and_come_back():
