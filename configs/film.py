@@ -5,7 +5,7 @@
     python train.py --config=configs/film.py --workdir=runs/film
     python benchmarks/film_report.py --model=runs/film
 
-Windows of 8 frames at 8 frames a second. The clips are encoded once, into runs/film_latents; 1.24 M parameters.
+Windows of 8 frames at 8 frames a second. The clips are encoded once, into runs/film_latents; 1.25 M parameters.
 docs/film.md tells what is measured and reached.
 """
 

@@ -98,16 +98,24 @@ def _autoencoder_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Pa
         )
         model.save_pretrained(folder)
 
-    def init(key: Array) -> Params:
-        if start is not None:
-            return jax.tree.map(jnp.asarray, start)
-        return {**component.init(key), **linear}
+    linear = {} if start is not None else _linear_path_start(component, stream)
 
-    linear: Params = {}
-    if component.config.linear_path and start is None:
-        first = (stream.device_batch(step)["video"] for step in range(32))
-        linear = principal_components(first, component.config)
+    def init(key: Array) -> Params:
+        return jax.tree.map(jnp.asarray, start) if start is not None else {**component.init(key), **linear}
+
     return Stage(init, loss_fn, lambda step: stream.starting_at(step, mesh), on_sample, finish)
+
+
+def _linear_path_start(autoencoder: Component, stream: Stream, batches: int = 32) -> Params:
+    """The principal components of the first batches where the autoencoder has a linear path, else nothing."""
+    if not autoencoder.config.linear_path:
+        return {}
+    linear = principal_components((stream.device_batch(step)["video"] for step in range(batches)), autoencoder.config)
+    if jax.process_count() > 1:  # each process saw its own rows, but all must start alike
+        from jax.experimental.multihost_utils import broadcast_one_to_all
+
+        linear = jax.tree.map(np.asarray, broadcast_one_to_all(linear))
+    return linear
 
 
 def _diffusion_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Path) -> Stage:

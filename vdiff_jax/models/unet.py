@@ -1,7 +1,7 @@
 """`VideoUNet`: the factorised space-time UNet whose noise level is per frame.
 
-Input channels are `concat(z, known_mask, known_mask * context_logsnr / 10, coordinates)`; each frame has its own
-embedding made of its noise level, its time stamp, the gaps to its neighbours and the pooled prompt.
+Input channels are `concat(z, known_mask, known_mask * context_logsnr / 10, coordinates, layout)`; each frame has its
+own embedding made of its noise level, its time stamp, the gaps to its neighbours and the pooled prompt.
 """
 
 from __future__ import annotations

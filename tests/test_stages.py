@@ -1,0 +1,51 @@
+"""What a stage starts from, and what its finished model remembers of the recipe."""
+
+import jax
+import numpy as np
+import pytest
+
+from vdiff_jax import parallel
+from vdiff_jax.pipeline import load
+from vdiff_jax.recipe import default_recipe
+from vdiff_jax.stages import make_stage
+from vdiff_jax.training.optimizer import OptimizerConfig, make_optimizer
+from vdiff_jax.training.step import create_state
+
+
+def staged(recipe, folder):
+    recipe.data.update(source="shapes", world="small", size=16, world_frames=4, num_frames=2, batch_size=8)
+    recipe.data.update(strides=(1,), stride_weights=(1.0,))
+    mesh = parallel.make_mesh()
+    with jax.set_mesh(mesh):
+        return make_stage(recipe, mesh, folder)
+
+
+@pytest.mark.parametrize("linear_path", [True, False])
+def test_an_autoencoder_with_a_linear_path_starts_at_the_principal_components(linear_path, tmp_path):
+    recipe = default_recipe("autoencoder")
+    recipe.model.autoencoder.update(channels=(8, 8), norm_groups=4, mid_attention=False, linear_path=linear_path)
+    stage = staged(recipe, tmp_path)
+    params = jax.jit(stage.init)(jax.random.key(0))
+    batch = next(stage.batches_from(0))
+    _, metrics = jax.jit(stage.loss_fn)(params, batch, jax.random.split(jax.random.key(1), 8))
+    # Four components of 2x2 squares hold nearly all of a flat shape on a flat ground; untrained convolutions nothing.
+    assert (float(metrics["psnr"]) > 22.0) == linear_path
+    assert ("linear_in" in params) == linear_path
+
+
+def test_the_finished_model_remembers_its_process(model_folder, tmp_path):
+    recipe = default_recipe("diffusion")
+    recipe.model.autoencoder_from = str(model_folder)
+    recipe.model.unet.update(channels=(8,), attention=(True,), embedding_features=16, head_dim=8)
+    recipe.model.text_encoder.update(features=8, hidden_features=8, layers=1, head_dim=8)
+    recipe.diffusion.update(noise="uniform", prediction="eps", schedule_settings=dict(shift=-1.5))
+    recipe.sample.update(sampler="ddim", steps=7, guidance_scale=1.5, num_frames=5)
+    stage = staged(recipe, tmp_path)
+    state = jax.jit(lambda key: create_state(stage.init, make_optimizer(OptimizerConfig(), 1), key))(jax.random.key(0))
+    stage.finish(state, tmp_path / "model")
+    settings = load(tmp_path / "model").settings
+    assert (settings.noise, settings.prediction, settings.schedule_settings) == ("uniform", "eps", {"shift": -1.5})
+    assert (settings.sampler, settings.steps, settings.guidance_scale, settings.num_frames) == ("ddim", 7, 1.5, 5)
+    assert settings.size == 16
+    saved = load(tmp_path / "model").params["unet"]
+    jax.tree.map(np.testing.assert_array_equal, saved, state.ema["unet"])
