@@ -43,12 +43,7 @@ def main(_: list[str]) -> int:
 
     out = Path(_OUT.value)
     check_writable(out)  # before any work is spent
-    try:
-        low, high = (float(value) for value in _INTERVAL.value or ("-inf", "inf"))
-    except ValueError as error:
-        raise ValueError(
-            f"--guidance_interval={','.join(_INTERVAL.value or ())}: give two numbers, low,high"
-        ) from error
+    interval = _guidance_interval(_INTERVAL.value)
     print(f"loading {_MODEL.value}", file=sys.stderr)
     model = load(_MODEL.value)
     steps = _STEPS.value or model.settings.steps
@@ -60,7 +55,7 @@ def main(_: list[str]) -> int:
         size=_SIZE.value,
         steps=_STEPS.value,
         guidance_scale=_GUIDANCE.value,
-        guidance_interval=(low, high),
+        guidance_interval=interval,
         guidance_rescale=_RESCALE.value,
         sampler=_SAMPLER.value,
         eta=_ETA.value,
@@ -77,6 +72,16 @@ def main(_: list[str]) -> int:
         save_image(_SHEET.value, sheet)
         print(_SHEET.value)
     return 0
+
+
+def _guidance_interval(values: list[str] | None) -> tuple[float, float] | None:
+    if values is None:
+        return None
+    try:
+        low, high = (float(value) for value in values)
+    except ValueError as error:
+        raise ValueError(f"--guidance_interval={','.join(values)}: give two numbers, low,high") from error
+    return low, high
 
 
 if __name__ == "__main__":

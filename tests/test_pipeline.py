@@ -11,7 +11,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from vdiff_jax.data.video_io import Clip
+from vdiff_jax.diffusion.noise import draw_noise
 from vdiff_jax.pipeline import VideoDiffusion, load
+from vdiff_jax.sampling.job import START_STREAM, stream
 from vdiff_jax.sampling.samplers import SAMPLERS
 
 PROMPT = "a red circle moving right"
@@ -189,3 +191,15 @@ def test_unknown_models_and_missing_parts_are_said_so(model, tmp_path):
 def test_too_long_a_prompt_warns_and_says_what_was_cut(model):
     with pytest.warns(UserWarning, match="2 tokens too long; cut from it: 'background and'"):
         model.encode_prompts(["a red circle moving right on background and"])
+
+
+def test_the_estimate_is_one_denoising_step_without_guidance(model):
+    """A plan of one step returns the estimate at the noisiest level of the schedule."""
+    keys = jax.vmap(jax.random.key)(jax.numpy.arange(2))
+    prompts = [PROMPT, "a blue square"]
+    sampled = model.generate_latents(prompts, keys=keys, steps=1, guidance_scale=1.0, sampler="ddim")
+    z = draw_noise(stream(keys, START_STREAM), sampled.shape[1:])
+    level = jax.numpy.full(z.shape[:2], model.schedule.logsnr_min)
+    estimate = model.estimate(z, level, prompts)
+    assert np.abs(np.asarray(estimate) - np.asarray(model.estimate(z, level))).max() > 1e-3  # the prompt matters
+    np.testing.assert_allclose(estimate, sampled, atol=1e-4 * np.abs(np.asarray(sampled)).max())

@@ -33,11 +33,34 @@ def test_an_autoencoder_with_a_linear_path_starts_at_the_principal_components(li
     assert ("linear_in" in params) == linear_path
 
 
-def test_the_finished_model_remembers_its_process(model_folder, tmp_path):
+def diffusion_recipe(model_folder):
     recipe = default_recipe("diffusion")
     recipe.model.autoencoder_from = str(model_folder)
     recipe.model.unet.update(channels=(8,), attention=(True,), embedding_features=16, head_dim=8)
     recipe.model.text_encoder.update(features=8, hidden_features=8, layers=1, head_dim=8)
+    return recipe
+
+
+def test_channels_may_count_by_the_pixels_they_move(model_folder, tmp_path):
+    """An untrained network is silent, so its loss is the weighted mean square of its targets."""
+    losses = {}
+    for kind in ("equal", "pixels"):
+        recipe = diffusion_recipe(model_folder)
+        recipe.diffusion.channel_weighting = kind
+        stage = staged(recipe, tmp_path)
+        params = jax.jit(stage.init)(jax.random.key(0))
+        batch = next(stage.batches_from(0))
+        loss, metrics = jax.jit(stage.loss_fn)(params, batch, jax.random.split(jax.random.key(1), 8))
+        losses[kind] = float(loss), float(metrics["eps_loss"])
+    assert losses["equal"][1] == pytest.approx(losses["pixels"][1], rel=1e-5)
+    assert losses["equal"][0] != pytest.approx(losses["pixels"][0], rel=1e-2)
+    recipe.diffusion.channel_weighting = "pixel"
+    with pytest.raises(ValueError, match="channel_weighting='pixel': choose equal or pixels"):
+        staged(recipe, tmp_path)
+
+
+def test_the_finished_model_remembers_its_process(model_folder, tmp_path):
+    recipe = diffusion_recipe(model_folder)
     recipe.diffusion.update(noise="uniform", prediction="eps", schedule_settings=dict(shift=-1.5))
     recipe.sample.update(sampler="ddim", steps=7, guidance_scale=1.5, num_frames=5)
     stage = staged(recipe, tmp_path)

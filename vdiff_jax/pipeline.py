@@ -67,7 +67,7 @@ class SamplingOptions(TypedDict, total=False):
     sampler: str | None
     eta: float | None
     guidance_scale: float | None
-    guidance_interval: tuple[float, float]
+    guidance_interval: tuple[float, float] | None
     guidance_rescale: float
 
 
@@ -180,7 +180,7 @@ class VideoDiffusion:
         negative_prompt: str = "",
         steps: int | None = None,
         guidance_scale: float | None = None,
-        guidance_interval: tuple[float, float] = (-jnp.inf, jnp.inf),
+        guidance_interval: tuple[float, float] | None = None,
         guidance_rescale: float = 0.0,
         sampler: str | None = None,
         eta: float | None = None,
@@ -210,7 +210,8 @@ class VideoDiffusion:
         job = text_to_video_job(keys, known.latents.shape, self.schedule, steps, cond, settings.noise)
         job = dataclasses.replace(job, known=known)
         run = self._sample_fn(guided=uncond is not None and scale != 1.0, rescale=guidance_rescale > 0)
-        guidance = jnp.asarray([scale, *guidance_interval, guidance_rescale], jnp.float32)
+        low, high = guidance_interval or (-jnp.inf, jnp.inf)
+        guidance = jnp.asarray([scale, low, high, guidance_rescale], jnp.float32)
         return run(self.params["unet"], job, make_sampler(sampler or settings.sampler, eta), uncond, guidance, keys)
 
     def estimate(

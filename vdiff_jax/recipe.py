@@ -61,6 +61,8 @@ class DiffusionConfig:
 
     schedule, schedule_settings: see `diffusion.schedule`. prediction: "eps", "x0", "v" or "velocity".
     weighting, weighting_settings: see `diffusion.loss`. noise: see `diffusion.noise`.
+    channel_weighting: "equal", or "pixels": each latent channel counts by how much the decoded pixels move with it, so
+        that the loss is close to an error in pixels. For latents whose channels differ much in that.
     prompt_dropout: share of clips whose prompt is replaced by the empty one, so that guidance is trained.
     context_prompt_dropout: the same for clips of which something is known: to go on, fill in and repair is often asked
         without any words.
@@ -71,6 +73,7 @@ class DiffusionConfig:
     prediction: str = "v"
     weighting: str = "sigmoid"
     weighting_settings: dict[str, float] = dataclasses.field(default_factory=dict)
+    channel_weighting: str = "equal"
     noise: str = "gaussian"
     prompt_dropout: float = 0.1
     context_prompt_dropout: float = 0.3

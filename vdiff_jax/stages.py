@@ -23,7 +23,7 @@ from vdiff_jax.data.transforms import to_uint8
 from vdiff_jax.data.video_io import contact_sheet, save_image
 from vdiff_jax.diffusion.prediction import check_kind
 from vdiff_jax.diffusion.schedule import make_schedule
-from vdiff_jax.models.autoencoder import latents_from_moments, principal_components, sample_moments
+from vdiff_jax.models.autoencoder import latents_from_moments, pixel_weights, principal_components, sample_moments
 from vdiff_jax.pipeline import Settings, VideoDiffusion, load
 from vdiff_jax.recipe import DataConfig, DiffusionConfig, Recipe, SampleConfig, data_config, diffusion_config, section
 from vdiff_jax.streams import Stream, make_stream
@@ -111,11 +111,16 @@ def _linear_path_start(autoencoder: Component, stream: Stream, batches: int = 32
     if not autoencoder.config.linear_path:
         return {}
     linear = principal_components((stream.device_batch(step)["video"] for step in range(batches)), autoencoder.config)
-    if jax.process_count() > 1:  # each process saw its own rows, but all must start alike
-        from jax.experimental.multihost_utils import broadcast_one_to_all
+    return _alike(linear)
 
-        linear = jax.tree.map(np.asarray, broadcast_one_to_all(linear))
-    return linear
+
+def _alike(values: Params) -> Params:
+    """The first process's values on every process: each saw its own rows, but all must start alike."""
+    if jax.process_count() == 1:
+        return values
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    return jax.tree.map(np.asarray, broadcast_one_to_all(values))
 
 
 def _diffusion_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Path) -> Stage:
@@ -165,6 +170,7 @@ def _diffusion_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Path
         kind=diffusion.prediction,
         weighting=diffusion.weighting,
         weighting_settings=dict(diffusion.weighting_settings),
+        channel_weights=_channel_weights(diffusion.channel_weighting, autoencoder, autoencoder_params, stream),
         noise=diffusion.noise,
         prompt_dropout=diffusion.prompt_dropout,
         context_prompt_dropout=diffusion.context_prompt_dropout,
@@ -206,6 +212,25 @@ def _prepare_fn(autoencoder: Component, frozen_text: Component | None) -> Callab
         return batch
 
     return prepare
+
+
+def _channel_weights(kind: str, autoencoder: Component, params: Params, stream: Stream) -> Array | None:
+    """`diffusion.channel_weighting`, measured on the first clips."""
+    if kind == "equal":
+        return None
+    if kind != "pixels":
+        raise ValueError(f"diffusion.channel_weighting={kind!r}: choose equal or pixels")
+
+    @jax.jit
+    def measure(params: Params, batch: Batch) -> Array:
+        moments = batch.get("moments")
+        if moments is None:
+            moments = autoencoder.apply(params, batch["video"], method="encode_moments")
+        latents = latents_from_moments(moments, autoencoder.config)
+        return pixel_weights(lambda values: autoencoder.apply(params, values, method="decode"), latents)
+
+    weights = measure(params, stream.device_batch(0))
+    return jnp.asarray(_alike({"weights": np.asarray(weights)})["weights"])
 
 
 def _settings(data: DataConfig, diffusion: DiffusionConfig, sample: SampleConfig) -> Settings:

@@ -77,6 +77,20 @@ def test_the_natural_weight_of_a_kind_is_its_plain_squared_error():
         np.testing.assert_allclose(loss, plain, rtol=1e-5)
 
 
+def test_channel_weights_move_the_loss_and_leave_the_noise_error():
+    data = clip()
+    x, eps, _, z, logsnr, known = data
+    wrong = jnp.zeros_like(eps).at[..., 1].set(0.5)
+    plain, plain_eps = diffusion_loss(eps + wrong, "eps", x, eps, z, logsnr, known, weighting="eps")
+    np.testing.assert_allclose(plain, 0.125, rtol=1e-5)
+    for weights, expected in (([1.0, 1.0], 0.125), ([0.5, 1.5], 0.1875), ([2.0, 0.0], 0.0)):
+        loss, eps_loss = diffusion_loss(
+            eps + wrong, "eps", x, eps, z, logsnr, known, weighting="eps", channel_weights=jnp.asarray(weights)
+        )
+        np.testing.assert_allclose(loss, expected, rtol=1e-5, atol=1e-9)
+        np.testing.assert_allclose(eps_loss, plain_eps)
+
+
 def test_single_precision_is_stable_at_the_ends_and_at_pure_noise():
     x, eps, x0_hat, _, _, _ = clip()
     nothing = jnp.zeros((4, 3, 2, 2, 1))

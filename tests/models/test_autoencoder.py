@@ -1,6 +1,7 @@
 """The autoencoder's representations and their arrows."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,6 +10,7 @@ from vdiff_jax.models.autoencoder import (
     AutoencoderConfig,
     from_squares,
     latents_from_moments,
+    pixel_weights,
     principal_components,
     raw_from_final,
     sample_moments,
@@ -101,6 +103,17 @@ def test_statistics_standardise_and_come_back():
     np.testing.assert_allclose(final.reshape(-1, 3).mean(0), 0, atol=1e-4)
     np.testing.assert_allclose(final.reshape(-1, 3).std(0), 1, atol=1e-3)
     np.testing.assert_allclose(raw_from_final(final, config), raw, atol=1e-5)
+
+
+def test_pixel_weights_are_the_squared_lengths_of_a_linear_decoder():
+    rng = np.random.default_rng(0)
+    matrix = rng.normal(size=(3, 12)).astype(np.float32) * np.array([[3.0], [1.0], [0.2]], np.float32)
+    latents = rng.normal(size=(2, 2, 4, 4, 3)).astype(np.float32)
+    lengths = np.square(matrix).sum(1)
+    weights = np.asarray(pixel_weights(lambda z: z @ matrix, latents))
+    np.testing.assert_allclose(weights, lengths / lengths.mean(), rtol=1e-5)
+    bent = np.asarray(pixel_weights(lambda z: jnp.sin(z[..., :1]) + 0 * z, latents))
+    np.testing.assert_allclose(bent, [3.0, 0.0, 0.0], atol=1e-6)
 
 
 def test_posterior_samples_have_the_stated_spread():

@@ -1,5 +1,6 @@
 """The UNet's contracts: what may depend on what, and what every option must leave unchanged."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 from vdiff_jax.components import make_component
 from vdiff_jax.models.functional import functional, parameter_count
-from vdiff_jax.models.unet import PromptLayout, UNetConfig, VideoUNet, pool_text
+from vdiff_jax.models.unet import PromptLayout, UNetConfig, VideoUNet, nearest_known, pool_text
 from vdiff_jax.types import Conditioning
 
 SMALL = UNetConfig(
@@ -17,6 +18,10 @@ SMALL = UNetConfig(
     norm_groups=4,
 )  # fmt: skip
 BATCH, FRAMES = 2, 3
+
+
+# what silences everything that carries something from one frame to another
+TEMPORAL = ("temporal_conv.conv", "temporal.proj_out", "embedding.time", "layout.prompt")
 
 
 @functools.cache
@@ -104,6 +109,38 @@ def test_the_layout_is_a_product_of_prompt_time_and_place():
     assert not apply(params, Conditioning(None, None, times), (2, 3, 4, 8, 1)).any()
 
 
+def test_the_nearest_known_token_is_found_at_its_own_place():
+    times = np.array([[0.0, 1.0, 2.0, 5.0, 6.0]], np.float32)
+    tokens = np.arange(1.0, 6.0, dtype=np.float32)[None, :, None, None, None] * np.ones((1, 5, 1, 3, 2), np.float32)
+    mask = np.zeros((1, 5, 1, 3, 1), np.float32)
+    mask[0, [0, 4], 0, 0] = 1  # first place: known at times 0 and 6
+    mask[0, [0, 2], 0, 1] = 1  # second place: known at times 0 and 2, equally far from time 1
+    found = np.asarray(nearest_known(tokens, mask, times))[0, :, 0]
+    np.testing.assert_array_equal(found[:, 0, :2], np.array([1, 1, 1, 5, 5])[:, None] * np.ones(2))
+    np.testing.assert_allclose(found[:, 0, 2], [1, 1 / 2, 1 / 3, 1 / 2, 1], rtol=1e-6)
+    np.testing.assert_array_equal(found[:, 1, 0], [1, 1, 3, 3, 3])
+    np.testing.assert_allclose(found[:, 1, 2], [1, 1 / 2, 1, 1 / 4, 1 / 5], rtol=1e-6)
+    np.testing.assert_array_equal(found[:, 2], 0)  # nothing is known there
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_only_nearest_known_carries_a_frame_past_silent_temporal_branches(shown):
+    params, apply = network(dataclasses.replace(SMALL, nearest_known=shown))
+    params = without_time(params)
+    z, logsnr, mask, context, cond = inputs()
+    mask = mask.copy()
+    mask[:, 0] = 1.0
+    before = np.asarray(apply(params, z, logsnr, mask, context, cond))
+    for change in ("tokens", "level"):
+        other, level = z.copy(), context.copy()
+        if change == "tokens":
+            other[:, 0] += 1.0
+        else:
+            level[:, 0] -= 5.0
+        after = np.asarray(apply(params, other, logsnr, mask, level, cond))
+        assert (np.abs(after[:, 2] - before[:, 2]).max() > 1e-3) == shown, change
+
+
 def test_one_word_weighs_the_same_in_short_and_long_prompts():
     """A prompt of n independent words pools to the same scale for every n, so a word is 1/sqrt(n) of it."""
     rng = np.random.default_rng(0)
@@ -139,16 +176,18 @@ def test_shifting_time_changes_nothing_stretching_does():
     assert np.abs(out[0] - out[2]).max() > 1e-2
 
 
+def without_time(params):
+    def silence(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        return np.zeros_like(leaf) if any(part in name for part in TEMPORAL) else leaf
+
+    return jax.tree_util.tree_map_with_path(silence, params)
+
+
 def test_fresh_temporal_branches_leave_an_image_model():
     """With the temporal output layers at zero, each frame is what it would be alone."""
     params, apply = network()
-
-    def silence(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        silent = ("temporal_conv.conv", "temporal.proj_out", "embedding.time", "layout.prompt")
-        return np.zeros_like(leaf) if any(part in name for part in silent) else leaf
-
-    image = jax.tree_util.tree_map_with_path(silence, params)
+    image = without_time(params)
     z, logsnr, mask, context, cond = inputs()
     together = np.asarray(apply(image, z, logsnr, mask, context, cond))
     one = [value[:, 1:2] for value in (z, logsnr, mask, context)]

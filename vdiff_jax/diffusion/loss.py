@@ -1,6 +1,8 @@
 """The training loss: a weighted error of the noise estimate on the tokens that are not known.
 
-    loss = mean over unknown tokens of  w(logsnr) |eps_hat - eps|^2
+    loss = mean over unknown tokens of  w(logsnr) sum_c k_c (eps_hat_c - eps_c)^2
+
+with weights k of the channels that are all the same by default.
 
 All weightings are one function of the level on this scale (Kingma & Gao 2023), whatever the network predicts:
 
@@ -93,6 +95,7 @@ def diffusion_loss(
     weighting: str = "sigmoid",
     bias: float = 2.0,
     gamma: float = 5.0,
+    channel_weights: Array | None = None,
 ) -> tuple[Array, Array]:
     """Loss of every sample, and its unweighted noise error for the record.
 
@@ -101,6 +104,7 @@ def diffusion_loss(
         x, eps, z: `[b f h w c]` clean latents, the noise that was added, and `z = alpha x + sigma eps`.
         logsnr: `[b f]` or `[b f h w 1]`, level of the unknown tokens (values at known tokens do not matter).
         known_mask: `[b f h w 1]`, 1 = known; known tokens take no part. At least one must be unknown.
+        channel_weights: `[c]` with mean 1, or None for all 1; the unweighted error stays without them.
     Raises:
         ValueError: the network changed the shape of its input.
     Returns:
@@ -110,9 +114,13 @@ def diffusion_loss(
         raise ValueError(f"prediction has shape {prediction.shape} but z has {z.shape}; a network keeps the shape.")
     error = (prediction - target(kind, x, eps, logsnr)).astype(jnp.float32)
     squared = jnp.mean(jnp.square(error), axis=-1, keepdims=True)
+    balanced = squared
+    if channel_weights is not None:
+        weights = channel_weights.reshape((1,) * (error.ndim - 1) + (-1,))
+        balanced = jnp.mean(jnp.square(error) * weights, axis=-1, keepdims=True)
     logsnr = jnp.broadcast_to(logsnr.reshape(logsnr.shape + (1,) * (squared.ndim - logsnr.ndim)), squared.shape)
     factor = log_eps_factor(kind, logsnr)
-    weighted = jnp.exp(factor + log_weight(weighting, logsnr, bias=bias, gamma=gamma)) * squared
+    weighted = jnp.exp(factor + log_weight(weighting, logsnr, bias=bias, gamma=gamma)) * balanced
     unknown = known_mask < 0.5
     return _mean_where(weighted, unknown), _mean_where(jnp.exp(factor) * squared, unknown)
 

@@ -12,7 +12,7 @@ Raw is what the network emits and what a latent cache stores; final has zero mea
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -228,6 +228,25 @@ def principal_components(videos: Iterable[Array], config: AutoencoderConfig) -> 
         "linear_out": {"kernel": (axes * scale).T, "bias": mean},
     }
     return jax.tree.map(lambda value: value.astype(np.float32), values)
+
+
+def pixel_weights(decode: Callable[[Array], Array], latents: Latents) -> Array:
+    """`[c]` with mean 1: how much the decoded pixels move with each latent channel, squared, to first order.
+
+        k_c  proportional to  E |J e|^2,  e = random signs in channel c,  J = d decode / d latents
+
+    which is the squared Frobenius norm of that channel's part of J (Hutchinson 1990). latents: typical ones,
+    `[b f h w c]`. With these weights a squared error in latents is close to the squared error in pixels.
+    """
+    signs = jax.random.rademacher(jax.random.key(0), (*latents.shape[:-1], 1), jnp.float32)
+    channels = jnp.arange(latents.shape[-1]).reshape((1,) * (latents.ndim - 1) + (-1,))
+
+    def moved(channel: Array) -> Array:
+        direction = jnp.where(channels == channel, signs, 0.0)
+        return jnp.mean(jnp.square(jax.jvp(decode, (latents,), (direction,))[1]))
+
+    moves = jax.lax.map(moved, jnp.arange(latents.shape[-1]))
+    return moves / moves.mean()
 
 
 def sample_moments(moments: Array, noise: Array | None = None) -> Array:

@@ -1,7 +1,7 @@
 """`VideoUNet`: the factorised space-time UNet whose noise level is per frame.
 
-Input channels are `concat(z, known_mask, known_mask * context_logsnr / 10, coordinates, layout)`; each frame has its
-own embedding made of its noise level, its time stamp, the gaps to its neighbours and the pooled prompt.
+Input channels are `concat(z, known_mask, known_mask * context_logsnr / 10, coordinates, layout, nearest known)`; each
+frame has its own embedding made of its noise level, its time stamp, the gaps to its neighbours and the pooled prompt.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ class UNetConfig:
     coordinates: tell every token where in the frame it stands. Convolutions find that out from their zero padding
         alone, slowly; words like "left" in a prompt need it at once.
     layout_features: input channels that say where and when things shall be, see `PromptLayout`; 0 for none.
+    nearest_known: show every token what is known at its place in the nearest frame in time, see `nearest_known`. Most
+        of a frame to predict or fill in is already there.
     dtype: compute type, "float32" or "bfloat16"; parameters and norms are fp32 always.
     remat: "none", "blocks" (recompute each block in the backward pass) or "dots" (as blocks, but keep matmuls).
     """
@@ -51,6 +53,7 @@ class UNetConfig:
     text_features: int | None = 64
     coordinates: bool = True
     layout_features: int = 32
+    nearest_known: bool = False
     embedding_features: int = 256
     head_dim: int = 32
     norm_groups: int = 8
@@ -104,6 +107,7 @@ class VideoUNet(nnx.Module):
         inputs = config.latent_channels + 2
         inputs += COORDINATE_FEATURES if config.coordinates else 0
         inputs += config.layout_features if self.layout else 0
+        inputs += config.latent_channels + 2 if config.nearest_known else 0
         self.conv_in = FrameConv(inputs, config.channels[0], dtype=dtype)
 
         skips = [config.channels[0]]
@@ -157,6 +161,8 @@ class VideoUNet(nnx.Module):
             inputs.append(jnp.broadcast_to(where[None, None], (*z.shape[:-1], where.shape[-1])))
         if self.layout is not None:
             inputs.append(self.layout(cond, z.shape))
+        if config.nearest_known:
+            inputs.append(nearest_known(jnp.concatenate([z, level], axis=-1), known_mask, cond.times))
         x = self.conv_in(jnp.concatenate(inputs, axis=-1))
 
         skips = [x]
@@ -185,6 +191,20 @@ class VideoUNet(nnx.Module):
             return block(x, embedding, cond)
         policy = jax.checkpoint_policies.dots_saveable if self.config.remat == "dots" else None
         return jax.checkpoint(lambda b, *args: b(*args), policy=policy)(block, x, embedding, cond)
+
+
+def nearest_known(tokens: Array, known_mask: KnownMask, times: Array) -> Array:
+    """`[b f h w c] -> [b f h w c + 1]`: what is known at that place in the nearest frame in time, and how near.
+
+    Of two equally near frames the earlier one counts. The last channel is `1 / (1 + gap)`, the gap in units of `times`
+    (`[b f]`); where nothing is known at that place, all channels are 0.
+    """
+    times = times.astype(jnp.float32)
+    gap = jnp.abs(times[:, :, None] - times[:, None, :])[..., None, None]
+    gap = jnp.where(known_mask[:, None, ..., 0] > 0.5, gap, jnp.inf)  # [b f (to) f (from) h w]
+    values = jnp.take_along_axis(tokens, gap.argmin(axis=2)[..., None], axis=1)
+    nearness = 1.0 / (1.0 + gap.min(axis=2))[..., None]
+    return jnp.concatenate([jnp.where(nearness > 0, values, 0.0), nearness], axis=-1)
 
 
 TIME_FEATURES = 64

@@ -31,6 +31,7 @@ def make_diffusion_loss(
     kind: str,
     weighting: str,
     weighting_settings: dict[str, float],
+    channel_weights: Array | None = None,
     noise: str = "gaussian",
     prompt_dropout: float = 0.1,
     context_prompt_dropout: float = 0.3,
@@ -41,7 +42,8 @@ def make_diffusion_loss(
     batch: `latents [b f h w c]` final, `times [b f]`, optional `anchor [b]`, and either `tokens`/`token_mask [b n]`
     (encoded by `encode_text(params, tokens, mask)`) or ready `text [b n d]`/`token_mask`; null_prompt is the pair
     (tokens or features [n ...], mask [n]) that replaces a dropped prompt. prompt_dropout: share of clips with nothing
-    known that lose their prompt; context_prompt_dropout: of those with something known.
+    known that lose their prompt; context_prompt_dropout: of those with something known. channel_weights: `[c]`, see
+    `diffusion.loss`.
     """
     # A zero-terminal-SNR table starts at -inf; its bins start where the process is noise for all purposes.
     edges = jnp.linspace(max(schedule.logsnr_min, -20.0), min(schedule.logsnr_max, 20.0), log_bins + 1)
@@ -62,8 +64,9 @@ def make_diffusion_loss(
         cond = _conditioning(params, batch, drop)
         output = predict_fn(params, z, drawn.logsnr, drawn.mask, drawn.context_logsnr, cond)
         per_sample, eps_loss = losses.diffusion_loss(
-            output, kind, x, eps, z, tokens, drawn.mask, weighting=weighting, **weighting_settings
-        )
+            output, kind, x, eps, z, tokens, drawn.mask,
+            weighting=weighting, channel_weights=channel_weights, **weighting_settings,
+        )  # fmt: skip
         level = jnp.mean(drawn.logsnr, axis=1)
         bin_sum, bin_count = losses.loss_by_bin(level, eps_loss, edges)
         row_sum, row_count = losses.loss_by_bin(
