@@ -17,7 +17,7 @@ def get_config() -> Recipe:
     config.model.autoencoder_from = "runs/film_autoencoder"
     config.model.text = "none"
     config.model.unet.update(channels=(32, 64), attention=(False, True), blocks_per_level=1, embedding_features=128)
-    config.model.unet.nearest_known = True  # a shot goes on mostly as it was
+    config.model.unet.update(nearest_known=True, linear_path=True)  # a shot goes on mostly as it was
     config.data.update(
         source="folder",
         folder="runs/film64",

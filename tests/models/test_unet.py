@@ -10,7 +10,7 @@ import pytest
 
 from vdiff_jax.components import make_component
 from vdiff_jax.models.functional import functional, parameter_count
-from vdiff_jax.models.unet import PromptLayout, UNetConfig, VideoUNet, nearest_known, pool_text
+from vdiff_jax.models.unet import LinearPath, PromptLayout, UNetConfig, VideoUNet, nearest_known, pool_text
 from vdiff_jax.types import Conditioning
 
 SMALL = UNetConfig(
@@ -139,6 +139,45 @@ def test_only_nearest_known_carries_a_frame_past_silent_temporal_branches(shown)
             level[:, 0] -= 5.0
         after = np.asarray(apply(params, other, logsnr, mask, level, cond))
         assert (np.abs(after[:, 2] - before[:, 2]).max() > 1e-3) == shown, change
+
+
+def test_the_linear_path_is_linear_in_what_is_shown_and_set_by_the_frame():
+    config = dataclasses.replace(SMALL, nearest_known=True, linear_path=True)
+    init, apply = functional(lambda: LinearPath(config))
+    zero = jax.jit(init)(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    embedding = rng.normal(size=(2, 3, 16)).astype(np.float32)
+    z = rng.normal(size=(2, 3, 4, 4, 2)).astype(np.float32)
+    near = rng.normal(size=(2, 3, 4, 4, 4)).astype(np.float32)
+    assert not np.asarray(apply(zero, embedding, z, near)).any()
+    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), zero)
+    one = np.asarray(apply(params, embedding, z, near))
+    scaled = near * np.array([2, 2, 2, 1], np.float32)  # values and level doubled, nearness as it was
+    np.testing.assert_allclose(apply(params, embedding, 2 * z, scaled), 2 * one, rtol=1e-4, atol=1e-4)
+    # Two unknown frames of equal content differ by their embedding alone.
+    same = np.broadcast_to(z[:, :1], z.shape), np.broadcast_to(near[:, :1], near.shape)
+    out = np.asarray(apply(params, embedding, *same))
+    assert np.abs(out[:, 0] - out[:, 1]).max() > 1e-2
+    # One place, one channel: nothing else reaches it.
+    moved = z.copy()
+    moved[0, 1, 2, 3, 0] += 1.0
+    changed = np.abs(np.asarray(apply(params, embedding, moved, near)) - one) > 1e-6
+    assert changed.sum() == 1 and changed[0, 1, 2, 3, 0]
+
+
+def test_a_network_with_every_option_starts_silent_and_hears_its_linear_path():
+    config = dataclasses.replace(SMALL, nearest_known=True, linear_path=True)
+    init, apply = functional(lambda: VideoUNet(config))
+    params = jax.jit(init)(jax.random.key(0))
+    z, logsnr, mask, context, cond = inputs()
+    mask = mask.copy()
+    mask[:, 0] = 1.0
+    assert not np.asarray(apply(params, z, logsnr, mask, context, cond)).any()
+    bias = np.zeros(6, np.float32)
+    bias[2:4] = -1.0  # the second term: minus the nearest known token, the answer in v where nothing else is known
+    params["linear_path"]["coefficients"]["bias"] = bias
+    out = np.asarray(apply(params, z, logsnr, mask, context, cond))
+    np.testing.assert_allclose(out, -np.broadcast_to(z[:, :1], z.shape), atol=1e-6)
 
 
 def test_one_word_weighs_the_same_in_short_and_long_prompts():

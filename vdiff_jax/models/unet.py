@@ -42,6 +42,7 @@ class UNetConfig:
     layout_features: input channels that say where and when things shall be, see `PromptLayout`; 0 for none.
     nearest_known: show every token what is known at its place in the nearest frame in time, see `nearest_known`. Most
         of a frame to predict or fill in is already there.
+    linear_path: add to the prediction what is linear in `z` and the nearest known tokens, see `LinearPath`.
     dtype: compute type, "float32" or "bfloat16"; parameters and norms are fp32 always.
     remat: "none", "blocks" (recompute each block in the backward pass) or "dots" (as blocks, but keep matmuls).
     """
@@ -54,6 +55,7 @@ class UNetConfig:
     coordinates: bool = True
     layout_features: int = 32
     nearest_known: bool = False
+    linear_path: bool = False
     embedding_features: int = 256
     head_dim: int = 32
     norm_groups: int = 8
@@ -140,6 +142,7 @@ class VideoUNet(nnx.Module):
 
         self.norm_out = GroupNorm(width, groups=config.norm_groups, scope="frame", epsilon=1e-5, dtype=dtype)
         self.conv_out = FrameConv(width, config.latent_channels, init_scale=0.0)
+        self.linear_path = LinearPath(config) if config.linear_path else None
 
     def __call__(
         self, z: Latents, logsnr: LogSNR, known_mask: KnownMask, context_logsnr: LogSNR, cond: Conditioning
@@ -161,8 +164,10 @@ class VideoUNet(nnx.Module):
             inputs.append(jnp.broadcast_to(where[None, None], (*z.shape[:-1], where.shape[-1])))
         if self.layout is not None:
             inputs.append(self.layout(cond, z.shape))
+        near = None
         if config.nearest_known:
-            inputs.append(nearest_known(jnp.concatenate([z, level], axis=-1), known_mask, cond.times))
+            near = nearest_known(jnp.concatenate([z, level], axis=-1), known_mask, cond.times)
+            inputs.append(near)
         x = self.conv_in(jnp.concatenate(inputs, axis=-1))
 
         skips = [x]
@@ -184,13 +189,39 @@ class VideoUNet(nnx.Module):
                 x = self._run(next(up), jnp.concatenate([x, skips.pop()], axis=-1), embedding, cond)
             if level_index > 0:
                 x = next(upsamplers)(x)
-        return self.conv_out(jax.nn.silu(self.norm_out(x))).astype(jnp.float32)
+        x = self.conv_out(jax.nn.silu(self.norm_out(x))).astype(jnp.float32)
+        return x if self.linear_path is None else x + self.linear_path(embedding, z, near)
 
     def _run(self, block: SpaceTimeBlock, x: Array, embedding: Array, cond: Conditioning) -> Array:
         if self.config.remat == "none":
             return block(x, embedding, cond)
         policy = jax.checkpoint_policies.dots_saveable if self.config.remat == "dots" else None
         return jax.checkpoint(lambda b, *args: b(*args), policy=policy)(block, x, embedding, cond)
+
+
+class LinearPath(nnx.Module):
+    """`[b f h w c]`: the part of a prediction that is linear in what the network is shown.
+
+        sum_i k_i(frame) * term_i,    terms: z;  nearest known tokens;  the same times their nearness
+
+    with one coefficient per channel from the frame's embedding, zero at first. The norms before the last convolution
+    take scale and mean from a frame; what stays as it was need not find its way around them. The preconditioning of
+    Karras et al. (2022) is the first term with a fixed coefficient.
+    """
+
+    def __init__(self, config: UNetConfig):
+        self.terms = 3 if config.nearest_known else 1
+        self.coefficients = Dense(config.embedding_features, self.terms * config.latent_channels, init_scale=0.0)
+
+    def __call__(self, embedding: Array, z: Latents, near: Array | None) -> Latents:
+        """near: what `nearest_known` found for tokens that start with the channels of `z`."""
+        k = self.coefficients(jax.nn.silu(embedding)).astype(jnp.float32)
+        k = k.reshape(*k.shape[:2], 1, 1, self.terms, -1)
+        total = k[..., 0, :] * z
+        if near is not None:
+            values, nearness = near[..., : z.shape[-1]], near[..., -1:]
+            total += k[..., 1, :] * values + k[..., 2, :] * nearness * values
+        return total
 
 
 def nearest_known(tokens: Array, known_mask: KnownMask, times: Array) -> Array:
