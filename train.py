@@ -53,6 +53,8 @@ def main(_: list[str]) -> int:
     with jax.set_mesh(mesh):
         # --- data, networks, loss
         stage = make_stage(recipe, mesh, workdir)
+        if first and stage.left_out.count:
+            print(f"warning: {stage.left_out}", file=sys.stderr)
         train = section(recipe, "train", TrainConfig)
         optimizer = make_optimizer(section(recipe, "optimizer", OptimizerConfig), train.num_steps)
 
@@ -100,6 +102,8 @@ def main(_: list[str]) -> int:
             if writer is not None:
                 writer.close()
         if first:
+            if stage.unread.count:
+                print(f"warning: {stage.unread}", file=sys.stderr)
             stage.finish(state, workdir / "model")
             print(f"model at step {int(state.step)} written to {workdir / 'model'}", file=sys.stderr)
     return 0 if finished else STOPPED_EARLY

@@ -2,8 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 from script_runner import run_scripts
+
+from vdiff_jax.data.video_io import Clip
 
 LONG = "a red circle moving right on black background and grey"
 
@@ -45,6 +48,19 @@ MISTAKES = {
 }
 GOOD = {
     "help of sample": ["sample.py", "--help"],
+    "one clip of three is broken": [
+        *FOLDER,
+        "--config.data.folder={tmp}/mixed",
+        "--workdir={tmp}/good/run",
+        "--config.model.autoencoder.channels=(8,)",
+        "--config.model.autoencoder.mid_attention=False",
+        "--config.data.size=16",
+        "--config.data.batch_size=2",
+        "--config.data.num_frames=2",
+        "--config.data.strides=(1,)",
+        "--config.train.num_steps=1",
+        "--config.train.sample_steps=0",
+    ],
     "too long a prompt": [*SAMPLE[:2], f"--prompt={LONG}", "--out={tmp}/good/cut.gif", "--steps=1"],
 }
 
@@ -53,13 +69,17 @@ GOOD = {
 def outcome(model_folder, tmp_path_factory):
     """(folder, results by name); every command runs once, in one process."""
     tmp = tmp_path_factory.mktemp("scripts")
-    for name in ("empty", "texts", "zero", "half", "good"):
-        (tmp / name).mkdir()
+    for name in ("empty", "texts", "zero", "half", "good", "mixed/train"):
+        (tmp / name).mkdir(parents=True)
     (tmp / "a_file").write_text("kept")
     (tmp / "broken.py").write_text("def get_config(:\n")
     for index in range(3):
         (tmp / "texts" / f"{index}.mp4").write_text("this is no video\n" * 50)
         (tmp / "zero" / f"{index}.mp4").write_bytes(b"")
+    noise = np.random.default_rng(0).integers(0, 256, size=(2, 6, 16, 16, 3)).astype(np.uint8)
+    for index in range(2):
+        Clip(noise[index], 8.0).save(tmp / "mixed" / "train" / f"{index}.mp4")
+    (tmp / "mixed" / "train" / "broken.mp4").write_text("this is no video\n" * 50)
     (tmp / "half" / "config.json").write_text((model_folder / "config.json").read_text())
     for name in ("autoencoder.safetensors", "text_encoder.safetensors"):
         (tmp / "half" / name).write_bytes((model_folder / name).read_bytes())
@@ -85,7 +105,7 @@ def test_a_mistake_ends_in_one_sentence(name, outcome):
 
 def test_mistakes_leave_no_files(outcome):
     tmp, _, created = outcome
-    assert created == ["good/cut.gif"]
+    assert [name for name in created if not name.startswith("good/run/")] == ["good/cut.gif"]
     assert (tmp / "a_file").read_text() == "kept"
 
 
@@ -96,6 +116,14 @@ def test_a_prompt_that_is_too_long_is_cut_with_a_warning(outcome):
     warning = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
     assert len(warning) == 1 and "cut from it: 'black background and grey'" in warning[0]
     assert "Traceback" not in result.stderr and "tokenizer.py" not in result.stderr
+
+
+def test_a_clip_that_cannot_be_used_is_left_out_and_named(outcome):
+    tmp, results, created = outcome
+    result = results["one clip of three is broken"]
+    assert result.code == 0 and "good/run/model/autoencoder.safetensors" in created, result
+    warning = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    assert len(warning) == 1 and "1 clip was skipped: broken.mp4: " in warning[0], result.stderr
 
 
 def test_help_teaches(outcome):

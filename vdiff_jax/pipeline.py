@@ -210,7 +210,7 @@ class VideoDiffusion:
         job = text_to_video_job(keys, known.latents.shape, self.schedule, steps, cond, settings.noise)
         job = dataclasses.replace(job, known=known)
         run = self._sample_fn(guided=uncond is not None and scale != 1.0, rescale=guidance_rescale > 0)
-        low, high = guidance_interval or (-jnp.inf, jnp.inf)
+        low, high = (-jnp.inf, jnp.inf) if guidance_interval is None else guidance_interval
         guidance = jnp.asarray([scale, low, high, guidance_rescale], jnp.float32)
         return run(self.params["unet"], job, make_sampler(sampler or settings.sampler, eta), uncond, guidance, keys)
 

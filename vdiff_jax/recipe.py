@@ -62,7 +62,7 @@ class DiffusionConfig:
     schedule, schedule_settings: see `diffusion.schedule`. prediction: "eps", "x0", "v" or "velocity".
     weighting, weighting_settings: see `diffusion.loss`. noise: see `diffusion.noise`.
     channel_weighting: "equal", or "pixels": each latent channel counts by how much the decoded pixels move with it, so
-        that the loss is close to an error in pixels. For latents whose channels differ much in that.
+        that the loss is in proportion to an error in pixels. For latents whose channels differ much in that.
     prompt_dropout: share of clips whose prompt is replaced by the empty one, so that guidance is trained.
     context_prompt_dropout: the same for clips of which something is known: to go on, fill in and repair is often asked
         without any words.

@@ -6,6 +6,7 @@ This is the one place where data, networks, losses and previews of a training ru
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from jax.sharding import Mesh
 from vdiff_jax import parallel
 from vdiff_jax.components import Component, make_component
 from vdiff_jax.data.latent_cache import ensure_latent_cache
+from vdiff_jax.data.sources import SkipReport
 from vdiff_jax.data.tokenizer import Tokenizer
 from vdiff_jax.data.transforms import to_uint8
 from vdiff_jax.data.video_io import contact_sheet, save_image
@@ -39,7 +41,8 @@ class Stage:
     """What a training run is made of.
 
     init: key -> trainable params. loss_fn: see `training.step.LossFn`. batches_from: step -> iterator of device
-    batches. on_sample: a preview callback. finish: (state, folder) -> writes the finished model.
+    batches. on_sample: a preview callback. finish: (state, folder) -> writes the finished model. left_out, unread:
+    clips the data could not give, see `Stream`.
     """
 
     init: Callable[[Array], Params]
@@ -47,6 +50,8 @@ class Stage:
     batches_from: Callable[[int], Iterator[Batch]]
     on_sample: Callable[[int, TrainState, MetricWriter | None], None]
     finish: Callable[[TrainState, Path], None]
+    left_out: SkipReport
+    unread: SkipReport
 
 
 def make_stage(recipe: Recipe, mesh: Mesh, workdir: Path) -> Stage:
@@ -103,7 +108,8 @@ def _autoencoder_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Pa
     def init(key: Array) -> Params:
         return jax.tree.map(jnp.asarray, start) if start is not None else {**component.init(key), **linear}
 
-    return Stage(init, loss_fn, lambda step: stream.starting_at(step, mesh), on_sample, finish)
+    batches = functools.partial(stream.starting_at, mesh=mesh)
+    return Stage(init, loss_fn, batches, on_sample, finish, stream.left_out, stream.unread)
 
 
 def _linear_path_start(autoencoder: Component, stream: Stream, batches: int = 32) -> Params:
@@ -127,6 +133,7 @@ def _diffusion_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Path
     diffusion, mixture = diffusion_config(recipe)
     schedule = make_schedule(diffusion.schedule, **diffusion.schedule_settings)
     check_kind(diffusion.prediction, schedule.logsnr_min)
+    _check_channel_weighting(diffusion.channel_weighting)
     sample = section(recipe, "sample", SampleConfig)
     if not recipe.model.autoencoder_from:
         raise ValueError("model.autoencoder_from is empty: train an autoencoder first and give its run folder")
@@ -192,7 +199,7 @@ def _diffusion_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Path
     def finish(state: TrainState, folder: Path) -> None:
         model.with_params(jax.device_get(state.ema)).save_pretrained(folder)
 
-    return Stage(init, loss_fn, batches_from, on_sample, finish)
+    return Stage(init, loss_fn, batches_from, on_sample, finish, stream.left_out, stream.unread)
 
 
 def _prepare_fn(autoencoder: Component, frozen_text: Component | None) -> Callable[[Params, Batch, Array], Batch]:
@@ -214,12 +221,15 @@ def _prepare_fn(autoencoder: Component, frozen_text: Component | None) -> Callab
     return prepare
 
 
+def _check_channel_weighting(kind: str) -> None:
+    if kind not in ("equal", "pixels"):
+        raise ValueError(f"diffusion.channel_weighting={kind!r}: choose equal or pixels")
+
+
 def _channel_weights(kind: str, autoencoder: Component, params: Params, stream: Stream) -> Array | None:
     """`diffusion.channel_weighting`, measured on the first clips."""
     if kind == "equal":
         return None
-    if kind != "pixels":
-        raise ValueError(f"diffusion.channel_weighting={kind!r}: choose equal or pixels")
 
     @jax.jit
     def measure(params: Params, batch: Batch) -> Array:
@@ -229,8 +239,12 @@ def _channel_weights(kind: str, autoencoder: Component, params: Params, stream: 
         latents = latents_from_moments(moments, autoencoder.config)
         return pixel_weights(lambda values: autoencoder.apply(params, values, method="decode"), latents)
 
-    weights = measure(params, stream.device_batch(0))
-    return jnp.asarray(_alike({"weights": np.asarray(weights)})["weights"])
+    few = {name: value[:4] for name, value in stream.device_batch(0).items()}  # a whole batch may not fit decoded
+    weights = _alike({"weights": np.asarray(measure(params, few))})["weights"]
+    if not np.isfinite(weights).all():
+        raise ValueError("diffusion.channel_weighting=pixels: the autoencoder decodes all latents to the same pixels")
+    print(f"latent channels count as {', '.join(f'{weight:.2f}' for weight in weights)}", file=sys.stderr)
+    return jnp.asarray(weights)
 
 
 def _settings(data: DataConfig, diffusion: DiffusionConfig, sample: SampleConfig) -> Settings:

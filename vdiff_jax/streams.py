@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from vdiff_jax import parallel
 from vdiff_jax.data.shapes import make_world, render, vocabulary
 from vdiff_jax.data.shapes_stream import ShapesStream
+from vdiff_jax.data.sources import SkipReport
 from vdiff_jax.data.tokenizer import Tokenizer, train_tokenizer
 from vdiff_jax.recipe import DataConfig
 from vdiff_jax.types import Batch
@@ -27,12 +28,15 @@ class Stream:
     """Device batches of a data source.
 
     host: has `starting_at(step) -> iterator` of this process's raw batches. finish: raw device batch -> Batch, jitted
-    or the identity. captions: a list of all words or captions a tokenizer is fitted on.
+    or the identity. captions: a list of all words or captions a tokenizer is fitted on. left_out: clips that cannot be
+    used at all; unread: clips that failed while training, filled as it goes on.
     """
 
     host: Any
     finish: Callable[[dict[str, Any]], Batch]
     captions: Callable[[], list[str]]
+    left_out: SkipReport = dataclasses.field(default_factory=SkipReport)
+    unread: SkipReport = dataclasses.field(default_factory=SkipReport)
 
     def starting_at(self, step: int, mesh: Mesh) -> Iterator[Batch]:
         for raw in self.host.starting_at(step):
@@ -95,7 +99,8 @@ def make_stream(
 
     source = make_source(data, split or data.split, digest, anchor_rate)
     host = Loader(source, encode_prompts, data.batch_size, seed=seed, num_workers=data.num_workers, **process)
-    return Stream(host, lambda batch: batch, source.captions)
+    left_out = getattr(source, "skipped", SkipReport())
+    return Stream(host, lambda batch: batch, source.captions, left_out, host.skipped)
 
 
 def _renderer(world: Any) -> Callable[[dict[str, Any]], Batch]:

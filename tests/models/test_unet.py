@@ -152,7 +152,7 @@ def test_the_linear_path_is_linear_in_what_is_shown_and_set_by_the_frame():
     assert not np.asarray(apply(zero, embedding, z, near)).any()
     params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), zero)
     one = np.asarray(apply(params, embedding, z, near))
-    scaled = near * np.array([2, 2, 2, 1], np.float32)  # values and level doubled, nearness as it was
+    scaled = near * np.array([2, 2, 1, 1], np.float32)  # values doubled, level and nearness as they were
     np.testing.assert_allclose(apply(params, embedding, 2 * z, scaled), 2 * one, rtol=1e-4, atol=1e-4)
     # Two unknown frames of equal content differ by their embedding alone.
     same = np.broadcast_to(z[:, :1], z.shape), np.broadcast_to(near[:, :1], near.shape)
@@ -163,6 +163,14 @@ def test_the_linear_path_is_linear_in_what_is_shown_and_set_by_the_frame():
     moved[0, 1, 2, 3, 0] += 1.0
     changed = np.abs(np.asarray(apply(params, embedding, moved, near)) - one) > 1e-6
     assert changed.sum() == 1 and changed[0, 1, 2, 3, 0]
+    # Level and nearness scale both terms: with them at zero the plain terms are left.
+    plain = np.asarray(apply(params, embedding, z, near * np.array([1, 1, 0, 0], np.float32)))
+    for kept in (2, 3):
+        part = np.asarray(apply(params, embedding, z, near * (np.arange(4) == kept))) - np.asarray(
+            apply(params, embedding, z, 0 * near)
+        )
+        assert np.abs(part).max() > 1e-2  # of z
+    assert np.abs(one - plain).max() > 1e-2
 
 
 def test_a_network_with_every_option_starts_silent_and_hears_its_linear_path():
@@ -173,8 +181,8 @@ def test_a_network_with_every_option_starts_silent_and_hears_its_linear_path():
     mask = mask.copy()
     mask[:, 0] = 1.0
     assert not np.asarray(apply(params, z, logsnr, mask, context, cond)).any()
-    bias = np.zeros(6, np.float32)
-    bias[2:4] = -1.0  # the second term: minus the nearest known token, the answer in v where nothing else is known
+    bias = np.zeros(12, np.float32)
+    bias[6:8] = -1.0  # the fourth term: minus the nearest known token, the answer in v where nothing else is known
     params["linear_path"]["coefficients"]["bias"] = bias
     out = np.asarray(apply(params, z, logsnr, mask, context, cond))
     np.testing.assert_allclose(out, -np.broadcast_to(z[:, :1], z.shape), atol=1e-6)

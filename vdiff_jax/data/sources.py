@@ -60,7 +60,9 @@ class SkipReport:
             return "no clip was skipped"
         shown = "; ".join(f"{name}: {reason}" for name, reason in list(self.reasons.items())[:3])
         more = f" and {len(self.reasons) - 3} more clips" if len(self.reasons) > 3 else ""
-        return f"{len(self.reasons)} clips were skipped ({self.count} times): {shown}{more}"
+        names = f"{len(self.reasons)} clips were" if len(self.reasons) > 1 else "1 clip was"
+        times = f" ({self.count} times)" if self.count > len(self.reasons) else ""
+        return f"{names} skipped{times}: {shown}{more}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The training loss: a weighted error of the noise estimate on the tokens that are not known.
 
-    loss = mean over unknown tokens of  w(logsnr) sum_c k_c (eps_hat_c - eps_c)^2
+    loss = mean over unknown tokens and channels of  w(logsnr) q_c (eps_hat_c - eps_c)^2
 
-with weights k of the channels that are all the same by default.
+with channel weights q of mean 1, all the same by default.
 
 All weightings are one function of the level on this scale (Kingma & Gao 2023), whatever the network predicts:
 

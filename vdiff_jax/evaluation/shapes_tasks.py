@@ -167,7 +167,8 @@ def moving_scenes(ev: Evaluation, count: int, stream: int) -> Records:
 
 
 def fill_frames(ev: Evaluation, records: Records, known: np.ndarray, prompted: bool) -> Iterator[tuple]:
-    """Generates the frames `known` [n f] bool does not give; yields (index, truth f32, generated f32 [b f h w 3])."""
+    """Generates the frames `known` [n f] bool does not give; yields per batch
+    (index, truth, generated, truth through the autoencoder), clips f32 [b f h w 3]."""
     num_frames = known.shape[1]
     prompts = captions(records)
     settings = {name: value for name, value in ev.sampling.items() if name != "guidance_scale"}
@@ -183,7 +184,8 @@ def fill_frames(ev: Evaluation, records: Records, known: np.ndarray, prompted: b
             **settings,
         )
         real = len(set(index))
-        yield index[:real], video[:real], ev.model.decode(filled)[:real] / 127.5 - 1.0
+        generated, codec = (ev.model.decode(values)[:real] / 127.5 - 1.0 for values in (filled, latents))
+        yield index[:real], video[:real], generated, codec
 
 
 def prediction(ev: Evaluation, prompted: bool = False) -> dict[str, Any]:
@@ -191,22 +193,29 @@ def prediction(ev: Evaluation, prompted: bool = False) -> dict[str, Any]:
 
     Returns "psnr" (dB, the 4 generated frames), "psnr_repeat" (the last known frame shown again), "gain" (their
     difference), "error_px" (centre of the object against its true track 4 frames on, where one is seen), "near" (share
-    of clips in which it is seen within 1.5 pixels), and "near_by_context", the same per number of known frames.
+    of clips in which it is seen within 1.5 pixels), "near_by_context", the same per number of known frames, and
+    "psnr_codec", "error_px_codec" and "near_codec" of the true clips through the autoencoder: the best that any
+    network could do in these latents.
     """
     records = moving_scenes(ev, ev.num_clips, stream=2)
     context = np.asarray(CONTEXT_FRAMES)[np.arange(ev.num_clips) % len(CONTEXT_FRAMES)]
     num_frames = max(CONTEXT_FRAMES) + NEXT_FRAMES
     times = np.tile(np.arange(num_frames, dtype=np.float32), (ev.num_clips, 1))
     true_track = np.asarray(tracks(records, jnp.asarray(times), ev.world))[:, :, 0]
-    ours, repeat, error = [], [], []
-    for index, video, output in fill_frames(ev, records, np.arange(num_frames)[None] < context[:, None], prompted):
-        for number, truth, clip, reading in zip(index, video, output, read_batch(output, ev.world)):
+    ours, repeat, through, error, error_codec = [], [], [], [], []
+    for index, video, output, codec in fill_frames(
+        ev, records, np.arange(num_frames)[None] < context[:, None], prompted
+    ):
+        readings = zip(read_batch(output, ev.world), read_batch(codec, ev.world))
+        for number, truth, clip, coded, (reading, reading_codec) in zip(index, video, output, codec, readings):
             first = context[number]
             frames = slice(first, first + NEXT_FRAMES)
             ours.append(psnr(clip[frames], truth[frames]))
+            through.append(psnr(coded[frames], truth[frames]))
             repeat.append(psnr(np.broadcast_to(truth[first - 1], truth[frames].shape), truth[frames]))
             last = int(first) + NEXT_FRAMES - 1
             error.append(_distance(reading, last, true_track[number, last]))
+            error_codec.append(_distance(reading_codec, last, true_track[number, last]))
     near = np.asarray(error) <= NEAR_PIXELS
     return {
         "n": ev.num_clips,
@@ -217,6 +226,9 @@ def prediction(ev: Evaluation, prompted: bool = False) -> dict[str, Any]:
         "error_px": average(error),
         "near": share(near),
         "near_by_context": {str(k): share(near[context == k]) for k in CONTEXT_FRAMES if (context == k).any()},
+        "psnr_codec": average(through),
+        "error_px_codec": average(error_codec),
+        "near_codec": share(np.asarray(error_codec) <= NEAR_PIXELS),
     }
 
 
@@ -231,8 +243,8 @@ def interpolation(ev: Evaluation, prompted: bool = False) -> dict[str, Any]:
     """Every 4th frame is known, first and last among them; the frames between are generated, without guidance.
 
     Returns "psnr" (dB, generated frames), "psnr_blend" (linear blending of the known neighbours), "gain", "one_object"
-    (share of clips with exactly one object in every generated frame), and the same of the blend (cross-fades show two)
-    and of the true clips.
+    (share of clips with exactly one object in every generated frame), and the same of the blend (cross-fades show two),
+    of the true clips and of the true clips through the autoencoder ("psnr_codec", "one_object_codec").
     """
     num_frames = (ev.num_frames - 1) // KEYFRAME_STRIDE * KEYFRAME_STRIDE + 1
     if num_frames <= KEYFRAME_STRIDE:
@@ -240,13 +252,15 @@ def interpolation(ev: Evaluation, prompted: bool = False) -> dict[str, Any]:
     records = moving_scenes(ev, ev.num_clips, stream=3)
     known = np.arange(num_frames) % KEYFRAME_STRIDE == 0
     middle = ~known
-    ours, blended = [], []
-    one: dict[str, list[bool]] = {"one_object": [], "one_object_blend": [], "one_object_true": []}
-    for _, video, output in fill_frames(ev, records, np.tile(known, (ev.num_clips, 1)), prompted):
-        for truth, clip, blend in zip(video, output, blend_frames(video)):
+    ours, blended, through = [], [], []
+    names = ("one_object", "one_object_blend", "one_object_true", "one_object_codec")
+    one: dict[str, list[bool]] = {name: [] for name in names}
+    for _, video, output, codec in fill_frames(ev, records, np.tile(known, (ev.num_clips, 1)), prompted):
+        for truth, clip, blend, coded in zip(video, output, blend_frames(video), codec):
             ours.append(psnr(clip[middle], truth[middle]))
+            through.append(psnr(coded[middle], truth[middle]))
             blended.append(psnr(blend[middle], truth[middle]))
-            for name, frames in zip(one, (clip, blend, truth)):
+            for name, frames in zip(one, (clip, blend, truth, coded)):
                 one[name].append(bool((count_objects_per_frame(frames, ev.world)[middle] == 1).all()))
     return {
         "n": ev.num_clips,
@@ -254,6 +268,7 @@ def interpolation(ev: Evaluation, prompted: bool = False) -> dict[str, Any]:
         "psnr": average(ours),
         "psnr_blend": average(blended),
         "gain": average(np.subtract(ours, blended)),
+        "psnr_codec": average(through),
         **{name: share(values) for name, values in one.items()},
     }
 

@@ -233,10 +233,11 @@ def principal_components(videos: Iterable[Array], config: AutoencoderConfig) -> 
 def pixel_weights(decode: Callable[[Array], Array], latents: Latents) -> Array:
     """`[c]` with mean 1: how much the decoded pixels move with each latent channel, squared, to first order.
 
-        k_c  proportional to  E |J e|^2,  e = random signs in channel c,  J = d decode / d latents
+        q_c  proportional to  E |J e|^2,  e = random signs in channel c,  J = d decode / d latents
 
     which is the squared Frobenius norm of that channel's part of J (Hutchinson 1990). latents: typical ones,
-    `[b f h w c]`. With these weights a squared error in latents is close to the squared error in pixels.
+    `[b f h w c]`. With these weights a small squared error in latents is in proportion to the squared error in pixels,
+    as far as errors of different channels and tokens are independent.
     """
     signs = jax.random.rademacher(jax.random.key(0), (*latents.shape[:-1], 1), jnp.float32)
     channels = jnp.arange(latents.shape[-1]).reshape((1,) * (latents.ndim - 1) + (-1,))

@@ -202,26 +202,27 @@ class VideoUNet(nnx.Module):
 class LinearPath(nnx.Module):
     """`[b f h w c]`: the part of a prediction that is linear in what the network is shown.
 
-        sum_i k_i(frame) * term_i,    terms: z;  nearest known tokens;  the same times their nearness
+        sum_ij k_ij(frame) * scale_i * term_j,    scales: 1, nearness, level / 10;    terms: z, nearest known tokens
 
-    with one coefficient per channel from the frame's embedding, zero at first. The norms before the last convolution
-    take scale and mean from a frame; what stays as it was need not find its way around them. The preconditioning of
-    Karras et al. (2022) is the first term with a fixed coefficient.
+    with one coefficient per channel from the frame's embedding, zero at first; nearness and context level are those of
+    the nearest known token (without `nearest_known` the only term is `k z`). The norms before the last convolution take
+    scale and mean from a frame; what stays as it was need not find its way around them. The preconditioning of Karras
+    et al. (2022) is the term in `z` with a fixed coefficient.
     """
 
     def __init__(self, config: UNetConfig):
-        self.terms = 3 if config.nearest_known else 1
+        self.terms = 6 if config.nearest_known else 1
         self.coefficients = Dense(config.embedding_features, self.terms * config.latent_channels, init_scale=0.0)
 
     def __call__(self, embedding: Array, z: Latents, near: Array | None) -> Latents:
-        """near: what `nearest_known` found for tokens that start with the channels of `z`."""
+        """near: what `nearest_known` found for tokens made of the channels of `z` and the level."""
         k = self.coefficients(jax.nn.silu(embedding)).astype(jnp.float32)
         k = k.reshape(*k.shape[:2], 1, 1, self.terms, -1)
-        total = k[..., 0, :] * z
-        if near is not None:
-            values, nearness = near[..., : z.shape[-1]], near[..., -1:]
-            total += k[..., 1, :] * values + k[..., 2, :] * nearness * values
-        return total
+        if near is None:
+            return k[..., 0, :] * z
+        values, level, nearness = near[..., :-2], near[..., -2:-1], near[..., -1:]
+        terms = [scale * term for term in (z, values) for scale in (1.0, nearness, level)]
+        return sum((k[..., index, :] * term for index, term in enumerate(terms)), jnp.zeros_like(z))
 
 
 def nearest_known(tokens: Array, known_mask: KnownMask, times: Array) -> Array:
@@ -230,12 +231,13 @@ def nearest_known(tokens: Array, known_mask: KnownMask, times: Array) -> Array:
     Of two equally near frames the earlier one counts. The last channel is `1 / (1 + gap)`, the gap in units of `times`
     (`[b f]`); where nothing is known at that place, all channels are 0.
     """
-    times = times.astype(jnp.float32)
-    gap = jnp.abs(times[:, :, None] - times[:, None, :])[..., None, None]
-    gap = jnp.where(known_mask[:, None, ..., 0] > 0.5, gap, jnp.inf)  # [b f (to) f (from) h w]
-    values = jnp.take_along_axis(tokens, gap.argmin(axis=2)[..., None], axis=1)
-    nearness = 1.0 / (1.0 + gap.min(axis=2))[..., None]
-    return jnp.concatenate([jnp.where(nearness > 0, values, 0.0), nearness], axis=-1)
+    times = times.astype(jnp.float32)[:, :, None, None]
+    known = known_mask[..., 0] > 0.5
+    gap = jnp.abs(times[:, :, None] - times[:, None])  # [b f (to) f (from) 1 1]
+    source = jnp.where(known[:, None], gap, jnp.inf).argmin(axis=2)
+    nearness = 1.0 / (1.0 + jnp.abs(times - jnp.take_along_axis(times, source, axis=1)))
+    found = jnp.concatenate([jnp.take_along_axis(tokens, source[..., None], axis=1), nearness[..., None]], axis=-1)
+    return jnp.where(known.any(axis=1)[:, None, ..., None], found, 0.0)
 
 
 TIME_FEATURES = 64
