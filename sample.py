@@ -32,7 +32,9 @@ _SAMPLER = flags.DEFINE_string(
 )
 _ETA = flags.DEFINE_float("eta", None, "Noise of the sampler, 0 (deterministic) to 1; default: the sampler's own.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed; sample i depends on (seed, i) only.")
+_FIRST = flags.DEFINE_integer("first_index", 0, "Number of the first sample: makes sample 3 of 8 again alone.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "How many clips.", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch_size", 4, "Clips made at a time.", lower_bound=1)
 _STRIDE = flags.DEFINE_float("stride", 1.0, "Time between frames in native intervals; below 1 is slow motion.")
 _FPS = flags.DEFINE_float("fps", None, "Frames per second of the file.")
 
@@ -40,31 +42,38 @@ _FPS = flags.DEFINE_float("fps", None, "Frames per second of the file.")
 def main(_: list[str]) -> int:
     from vdiff_jax.data.video_io import check_writable, contact_sheet, save_image
     from vdiff_jax.pipeline import load
+    from vdiff_jax.progress import ProgressTimer
 
     out = Path(_OUT.value)
     check_writable(out)  # before any work is spent
+    if _SHEET.value:
+        check_writable(_SHEET.value)
     interval = _guidance_interval(_INTERVAL.value)
     print(f"loading {_MODEL.value}", file=sys.stderr)
     model = load(_MODEL.value)
     steps = _STEPS.value or model.settings.steps
     print(f"sampling {_NUM_SAMPLES.value} clip(s), {steps} steps (the first run compiles first)", file=sys.stderr)
-    clips = model.generate(
-        [_PROMPT.value] * _NUM_SAMPLES.value,
-        negative_prompt=_NEGATIVE.value,
-        num_frames=_NUM_FRAMES.value,
-        size=_SIZE.value,
-        steps=_STEPS.value,
-        guidance_scale=_GUIDANCE.value,
-        guidance_interval=interval,
-        guidance_rescale=_RESCALE.value,
-        sampler=_SAMPLER.value,
-        eta=_ETA.value,
-        seed=_SEED.value,
-        fps=_FPS.value,
-        stride=_STRIDE.value,
-    )
-    for index, clip in enumerate(clips):
-        path = out if len(clips) == 1 else out.with_name(f"{out.stem}_{index}{out.suffix}")
+    count, progress, clips = _NUM_SAMPLES.value, ProgressTimer("sampled"), []
+    for start in range(0, count, _BATCH.value):
+        clips += model.generate(
+            [_PROMPT.value] * min(_BATCH.value, count - start),
+            negative_prompt=_NEGATIVE.value,
+            num_frames=_NUM_FRAMES.value,
+            size=_SIZE.value,
+            steps=_STEPS.value,
+            guidance_scale=_GUIDANCE.value,
+            guidance_interval=interval,
+            guidance_rescale=_RESCALE.value,
+            sampler=_SAMPLER.value,
+            eta=_ETA.value,
+            seed=_SEED.value,
+            first_index=_FIRST.value + start,
+            fps=_FPS.value,
+            stride=_STRIDE.value,
+        )
+        progress(len(clips), count)
+    for index, clip in enumerate(clips, start=_FIRST.value):
+        path = out if count == 1 else out.with_name(f"{out.stem}_{index}{out.suffix}")
         clip.save(path)
         print(path)
     if _SHEET.value:

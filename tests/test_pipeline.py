@@ -49,6 +49,14 @@ def test_an_item_of_a_batch_is_what_it_would_be_with_other_neighbours(model):
     assert np.any(both[1].frames != both[0].frames)
 
 
+def test_a_clip_of_a_list_can_be_made_again_alone(model):
+    listed = model.generate([PROMPT] * 8, seed=5)
+    alone = model.generate(PROMPT, seed=5, first_index=3)
+    assert np.abs(frames(alone) - frames(listed[3])).max() <= 1  # one grey level of rounding
+    assert np.abs(frames(alone) - frames(listed[2])).max() > 3
+    assert alone.metadata == listed[3].metadata and alone.metadata["index"] == 3
+
+
 def test_changed_values_change_the_clip_and_compile_nothing(model, caplog):
     settings = dict(guidance_scale=2.0, eta=0.0, stride=1.0, negative_prompt="")
     base = model.generate_latents

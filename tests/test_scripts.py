@@ -12,7 +12,9 @@ LONG = "a red circle moving right on black background and grey"
 
 TRAIN = ["train.py", "--config=configs/shapes_autoencoder.py", "--workdir={tmp}/run"]
 FOLDER = [*TRAIN, "--config.data.source=folder"]
+DIFFUSION = ["train.py", "--config=configs/shapes.py", "--workdir={tmp}/run", "--config.model.autoencoder_from={model}"]
 SAMPLE = ["sample.py", "--model={model}", "--prompt=a red circle", "--out={tmp}/out.mp4"]
+EVALUATE = ["evaluate.py", "--model={model}", "--config=configs/shapes.py", "--out={tmp}/report.json"]
 
 # name: (command, what the one sentence must say)
 MISTAKES = {
@@ -40,6 +42,19 @@ MISTAKES = {
     "empty folder": ([*FOLDER, "--config.data.folder={tmp}/empty"], "empty"),
     "text named mp4": ([*FOLDER, "--config.data.folder={tmp}/texts"], "texts"),
     "videos of no length": ([*FOLDER, "--config.data.folder={tmp}/zero"], "zero"),
+    "unknown stage": ([*TRAIN, "--config.stage=autoencode"], "config.stage='autoencode': choose one of"),
+    "unknown world": ([*TRAIN, "--config.data.world=flat"], "shapes world 'flat'"),
+    "unknown dtype": ([*TRAIN, "--config.model.autoencoder.dtype=float31"], "dtype='float31': choose one of float32"),
+    "weighting of nothing": ([*DIFFUSION, "--config.diffusion.weighting=snr"], "loss weighting 'snr' is unknown"),
+    "channels of nothing": ([*DIFFUSION, "--config.diffusion.channel_weighting=pixel"], "choose equal or pixels"),
+    "no unet": (["sample.py", "--model={tmp}/coder", "--out={tmp}/out.mp4"], "no unet to sample from"),
+    "no time": ([*SAMPLE, "--stride=0"], "stride=0.0: it must be above 0"),
+    "unwritable sheet": ([*SAMPLE, "--sheet={tmp}/sheet.xyz"], ".xyz"),
+    "unknown metric": (
+        ["evaluate.py", "--model={model}", "--config=configs/shapes.py", "--metrics=fvd"],
+        "metric 'fvd'",
+    ),
+    "world of another size": (EVALUATE, "32 pixels a side"),
     "uneven mesh": ([*TRAIN, "--config.parallel.data=3"], "does not match 1 devices"),
     "no autoencoder": (
         ["train.py", "--config=configs/shapes.py", "--workdir={tmp}/run", "--config.model.autoencoder_from={tmp}/ae"],
@@ -69,7 +84,7 @@ GOOD = {
 def outcome(model_folder, tmp_path_factory):
     """(folder, results by name); every command runs once, in one process."""
     tmp = tmp_path_factory.mktemp("scripts")
-    for name in ("empty", "texts", "zero", "half", "good", "mixed/train"):
+    for name in ("empty", "texts", "zero", "half", "good", "coder", "mixed/train"):
         (tmp / name).mkdir(parents=True)
     (tmp / "a_file").write_text("kept")
     (tmp / "broken.py").write_text("def get_config(:\n")
@@ -83,6 +98,10 @@ def outcome(model_folder, tmp_path_factory):
     (tmp / "half" / "config.json").write_text((model_folder / "config.json").read_text())
     for name in ("autoencoder.safetensors", "text_encoder.safetensors"):
         (tmp / "half" / name).write_bytes((model_folder / name).read_bytes())
+    config = json.loads((model_folder / "config.json").read_text())
+    config["components"] = {"autoencoder": config["components"]["autoencoder"]}
+    (tmp / "coder" / "config.json").write_text(json.dumps(config))
+    (tmp / "coder" / "autoencoder.safetensors").write_bytes((model_folder / "autoencoder.safetensors").read_bytes())
     before = {path for path in tmp.rglob("*") if path.is_file()}
     commands = {**{name: command for name, (command, _) in MISTAKES.items()}, **GOOD}
     filled = [[part.format(tmp=tmp, model=model_folder) for part in command] for command in commands.values()]
@@ -119,7 +138,7 @@ def test_a_prompt_that_is_too_long_is_cut_with_a_warning(outcome):
 
 
 def test_a_clip_that_cannot_be_used_is_left_out_and_named(outcome):
-    tmp, results, created = outcome
+    _, results, created = outcome
     result = results["one clip of three is broken"]
     assert result.code == 0 and "good/run/model/autoencoder.safetensors" in created, result
     warning = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 from absl import app, flags, logging
 
-USER_ERRORS = (ValueError, OSError, RuntimeError)
+USER_ERRORS = (ValueError, OSError, RuntimeError, ImportError)  # ImportError: an extra that is not installed
 
 
 def use_compile_cache() -> None:

@@ -24,6 +24,7 @@ KINDS: dict[str, tuple[type, type]] = {
     "text_encoder": (TextEncoderConfig, TextEncoder),
     "unet": (UNetConfig, VideoUNet),
 }
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +48,12 @@ class Component:
 def make_component(name: str, settings: Mapping[str, Any]) -> Component:
     """Build the component `name` from its settings.
 
-    Raises ValueError for an unknown setting, naming the nearest one.
+    Raises ValueError for an unknown setting, naming the nearest one, or an unknown dtype.
     """
     config_class, module_class = KINDS[name]
     config = make_config(config_class, settings, f"model.{name}")
+    if config.dtype not in DTYPES:
+        raise ValueError(f"model.{name}.dtype={config.dtype!r}: choose one of {', '.join(DTYPES)}")
     init, apply = functional(lambda: module_class(config))
     return Component(name, config, init, apply)
 

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, overload
@@ -84,7 +85,10 @@ class VideoDiffusion:
     settings: Settings
 
     def encode(self, video: Clip | np.ndarray | Array) -> Latents:
-        """A clip, `frames u8 [f h w 3]`, or `video f32 [b f h w 3]` in [-1, 1] -> final latents `[b f h/k w/k c]`."""
+        """A clip, `frames u8 [f h w 3]`, or `video f32 [b f h w 3]` in [-1, 1] -> final latents `[b f h/k w/k c]`.
+
+        Raises ValueError if height or width is not a multiple of the autoencoder's factor.
+        """
         return self._encode(self.params["autoencoder"], _as_video(video))
 
     def decode(self, latents: Latents) -> np.ndarray:
@@ -111,6 +115,7 @@ class VideoDiffusion:
         num_frames: int | None = None,
         size: int | tuple[int, int] | None = None,
         seed: int = 0,
+        first_index: int = 0,
         fps: float | None = None,
         stride: float = 1.0,
         **sampling: Unpack[SamplingOptions],
@@ -121,18 +126,24 @@ class VideoDiffusion:
             prompt: what to show; the empty prompt asks for anything.
             num_frames, size: of the clip; size in pixels, one number or (height, width), a multiple of the
                 autoencoder's factor and the UNet's levels. Defaults: as trained.
-            seed: clip i of the list depends on (seed, i) only.
+            seed, first_index: clip i of the list depends on (seed, first_index + i) only, so any clip of a long list
+                can be made again alone.
             fps: of the clip as a file; default: what shows the motion at its native speed.
             stride: distance between frames in native frame intervals; below 1 is slow motion.
             sampling: `negative_prompt, steps, sampler, eta, guidance_scale, guidance_interval, guidance_rescale`, see
                 `SamplingOptions`.
 
-        Changing prompt, seed, guidance_scale, eta or stride recompiles nothing.
+        Changing prompt, seed, guidance_scale (between values other than 1), eta or stride recompiles nothing.
+
+        Raises:
+            ValueError: num_frames, steps, stride or size that cannot be, or a model without a network to sample from.
         """
+        if not stride > 0:
+            raise ValueError(f"stride={stride}: it must be above 0")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         latents = self.generate_latents(
             prompts,
-            keys=_seed_keys(seed, len(prompts)),
+            keys=_seed_keys(seed, first_index, len(prompts)),
             num_frames=num_frames,
             size=size,
             stride=stride,
@@ -143,7 +154,7 @@ class VideoDiffusion:
         used = {"seed": seed, "num_frames": len(frames[0]), **sampling}
         clips = [
             Clip(clip, rate, self._provenance(text, {**used, "index": index}))
-            for index, (clip, text) in enumerate(zip(frames, prompts))
+            for index, (clip, text) in enumerate(zip(frames, prompts), start=first_index)
         ]
         return clips[0] if isinstance(prompt, str) else clips
 
@@ -161,7 +172,7 @@ class VideoDiffusion:
         num_frames = self.settings.num_frames if num_frames is None else num_frames
         if num_frames < 1:
             raise ValueError(f"num_frames={num_frames}: it must be at least 1")
-        channels = self.components["unet"].config.latent_channels
+        channels = self._unet().config.latent_channels
         return self.complete(
             nothing_known((len(prompts), num_frames, *self._latent_size(size), channels)),
             prompts,
@@ -193,9 +204,12 @@ class VideoDiffusion:
             keys: `[b]`, one per clip. times: time stamps `[f]` or `[b f]`, default 0, 1, 2, ...
         Returns:
             Final latents `[b f h w c]`, equal to `known.latents` where they are known.
+        Raises:
+            ValueError: no steps, an unknown sampler, or a model without a network to sample from.
 
         The other arguments are those of `SamplingOptions`.
         """
+        self._unet()
         settings = self.settings
         steps = settings.steps if steps is None else steps
         scale = settings.guidance_scale if guidance_scale is None else guidance_scale
@@ -224,6 +238,12 @@ class VideoDiffusion:
         """
         cond = self._conditioning(prompts, times, z.shape)
         return self._estimate(self.params["unet"], z, logsnr, nothing_known(z.shape), cond)
+
+    def _unet(self) -> Component:
+        if "unet" not in self.components:
+            parts = ", ".join(sorted(self.components))
+            raise ValueError(f"this model holds {parts} and no unet to sample from: give one of the diffusion stage")
+        return self.components["unet"]
 
     def with_params(self, params: dict[str, Params]) -> VideoDiffusion:
         """The same model with some components' parameters replaced; compiled functions are shared, not made again."""
@@ -271,6 +291,8 @@ class VideoDiffusion:
         times = jnp.arange(shape[1], dtype=jnp.float32) if times is None else jnp.asarray(times, jnp.float32)
         times = jnp.broadcast_to(times if times.ndim == 2 else times[None], shape[:2])
         if "text_encoder" not in self.components:
+            if prompts is not None and any(prompts):
+                warnings.warn("this model has no text encoder: prompts are ignored", stacklevel=3)
             return Conditioning(None, None, times)
         return Conditioning(*self.encode_prompts([""] * shape[0] if prompts is None else prompts), times)
 
@@ -390,6 +412,6 @@ def _as_video(video: Clip | np.ndarray | Array) -> Array:
     return jnp.asarray(frames if frames.ndim == 5 else frames[None], jnp.float32)
 
 
-def _seed_keys(seed: int, count: int) -> Array:
+def _seed_keys(seed: int, first: int, count: int) -> Array:
     root = jax.random.key(seed)
-    return jax.vmap(lambda index: jax.random.fold_in(root, index))(jnp.arange(count))
+    return jax.vmap(lambda index: jax.random.fold_in(root, index))(first + jnp.arange(count))

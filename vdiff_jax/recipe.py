@@ -116,8 +116,7 @@ def default_recipe(stage: str = "diffusion") -> Recipe:
     model.init_from: the same for a starting point of all weights; empty = from scratch.
     model.text: "joint" (small encoder trained with the UNet), "minilm" (pretrained sentence encoder, frozen) or "none".
     """
-    if stage not in STAGES:
-        raise ValueError(f"config.stage={stage!r}: choose one of {', '.join(STAGES)}")
+    check_stage(stage)
     recipe: Recipe = ConfigDict()
     recipe.stage = stage
     recipe.seed = 0
@@ -142,6 +141,12 @@ def default_recipe(stage: str = "diffusion") -> Recipe:
     ):
         free.unlock()  # checked where they are used, their keys depend on a name
     return recipe
+
+
+def check_stage(stage: str) -> None:
+    """Raises ValueError for a name that is not in `STAGES`."""
+    if stage not in STAGES:
+        raise ValueError(f"config.stage={stage!r}: choose one of {', '.join(STAGES)}")
 
 
 def data_config(recipe: Recipe) -> DataConfig:

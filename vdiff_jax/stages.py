@@ -23,11 +23,21 @@ from vdiff_jax.data.sources import SkipReport
 from vdiff_jax.data.tokenizer import Tokenizer
 from vdiff_jax.data.transforms import to_uint8
 from vdiff_jax.data.video_io import contact_sheet, save_image
+from vdiff_jax.diffusion.loss import weight
 from vdiff_jax.diffusion.prediction import check_kind
 from vdiff_jax.diffusion.schedule import make_schedule
 from vdiff_jax.models.autoencoder import latents_from_moments, pixel_weights, principal_components, sample_moments
 from vdiff_jax.pipeline import Settings, VideoDiffusion, load
-from vdiff_jax.recipe import DataConfig, DiffusionConfig, Recipe, SampleConfig, data_config, diffusion_config, section
+from vdiff_jax.recipe import (
+    DataConfig,
+    DiffusionConfig,
+    Recipe,
+    SampleConfig,
+    check_stage,
+    data_config,
+    diffusion_config,
+    section,
+)
 from vdiff_jax.streams import Stream, make_stream
 from vdiff_jax.training.autoencoder_loss import AutoencoderLossConfig, make_autoencoder_loss
 from vdiff_jax.training.diffusion_objective import make_diffusion_loss, predictor
@@ -55,11 +65,15 @@ class Stage:
 
 
 def make_stage(recipe: Recipe, mesh: Mesh, workdir: Path) -> Stage:
-    """The stage that `recipe.stage` names."""
+    """The stage that `recipe.stage` names.
+
+    Raises ValueError for settings that cannot work and OSError for data that cannot be read, before anything is made.
+    """
     data = data_config(recipe)
     parallel.check_batch_size(data.batch_size, mesh)
-    build = {"autoencoder": _autoencoder_stage, "diffusion": _diffusion_stage}[recipe.stage]
-    return build(recipe, data, mesh, workdir)
+    stages = {"autoencoder": _autoencoder_stage, "diffusion": _diffusion_stage}
+    check_stage(recipe.stage)
+    return stages[recipe.stage](recipe, data, mesh, workdir)
 
 
 def _autoencoder_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Path) -> Stage:
@@ -133,7 +147,7 @@ def _diffusion_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Path
     diffusion, mixture = diffusion_config(recipe)
     schedule = make_schedule(diffusion.schedule, **diffusion.schedule_settings)
     check_kind(diffusion.prediction, schedule.logsnr_min)
-    _check_channel_weighting(diffusion.channel_weighting)
+    _check_objective(diffusion)
     sample = section(recipe, "sample", SampleConfig)
     if not recipe.model.autoencoder_from:
         raise ValueError("model.autoencoder_from is empty: train an autoencoder first and give its run folder")
@@ -221,9 +235,13 @@ def _prepare_fn(autoencoder: Component, frozen_text: Component | None) -> Callab
     return prepare
 
 
-def _check_channel_weighting(kind: str) -> None:
-    if kind not in ("equal", "pixels"):
-        raise ValueError(f"diffusion.channel_weighting={kind!r}: choose equal or pixels")
+def _check_objective(diffusion: DiffusionConfig) -> None:
+    """Whatever can be wrong with the loss is said before any data is read."""
+    if diffusion.channel_weighting not in ("equal", "pixels"):
+        raise ValueError(f"diffusion.channel_weighting={diffusion.channel_weighting!r}: choose equal or pixels")
+    if unknown := sorted(set(diffusion.weighting_settings) - {"bias", "gamma"}):
+        raise ValueError(f"diffusion.weighting_settings has no {', '.join(unknown)}: it takes bias and gamma")
+    weight(diffusion.weighting, jnp.zeros(()))
 
 
 def _channel_weights(kind: str, autoencoder: Component, params: Params, stream: Stream) -> Array | None:

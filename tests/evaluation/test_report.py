@@ -14,7 +14,7 @@ from vdiff_jax.data import shapes
 from vdiff_jax.data.transforms import to_uint8
 from vdiff_jax.evaluation import shapes_tasks
 from vdiff_jax.evaluation.prompt_influence import ATTRIBUTES, changed
-from vdiff_jax.evaluation.report import METRICS, ProgressTimer, evaluate, rounded, table
+from vdiff_jax.evaluation.report import METRICS, evaluate, rounded, table
 from vdiff_jax.evaluation.shapes_tasks import Evaluation, accuracy, average, blend_frames, share
 
 WORLD = shapes.small_world(32, sizes=("large",), speeds=("fast",))
@@ -221,14 +221,3 @@ def test_bad_settings_are_named(settings, sentence):
         evaluate(TrueModel(), WORLD, **settings)
     with pytest.raises(ValueError, match="64 pixels"):
         evaluate(TrueModel(), shapes.small_world(64))
-
-
-def test_progress_tells_the_time_left(capsys):
-    times = iter([100.0, 130.0])
-    timer = ProgressTimer("alignment iid", clock=lambda: next(times))
-    timer(10, 50)
-    timer(20, 50)
-    assert capsys.readouterr().err.splitlines() == [
-        "alignment iid: 10/50 clips",
-        "alignment iid: 20/50 clips, 1.5 min left",
-    ]

@@ -149,9 +149,15 @@ WORLDS: dict[str, Callable[..., ShapesWorld]] = {"full": full_world, "small": sm
 
 
 def make_world(name: str, **overrides: Any) -> ShapesWorld:
-    """The preset `name` ("full" or "small") with fields of `ShapesWorld` overridden."""
+    """The preset `name` ("full" or "small") with fields of `ShapesWorld` overridden.
+
+    Raises ValueError for an unknown name, field or value.
+    """
     if name not in WORLDS:
         raise ValueError(f"Unknown shapes world {name!r}; choose one of {sorted(WORLDS)}.")
+    known = {field.name for field in dataclasses.fields(ShapesWorld)}
+    if unknown := sorted(set(overrides) - known):
+        raise ValueError(f"a shapes world has no {', '.join(unknown)}; choose from {', '.join(sorted(known))}")
     return WORLDS[name](**overrides)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,26 +19,12 @@ from vdiff_jax.data.shapes import SPLITS, ShapesWorld
 from vdiff_jax.evaluation import shapes_tasks
 from vdiff_jax.evaluation.prompt_influence import influence
 from vdiff_jax.evaluation.shapes_tasks import Evaluation
+from vdiff_jax.progress import ProgressTimer
 
 if TYPE_CHECKING:
     from vdiff_jax.pipeline import VideoDiffusion
 
 METRICS = ("alignment", "prediction", "interpolation", "codec", "influence")
-
-
-class ProgressTimer:
-    """One line per batch on stderr: done, total, time left (by the batches after the first, which compiles)."""
-
-    def __init__(self, name: str, clock: Callable[[], float] = time.monotonic):
-        self.name, self._clock, self._first = name, clock, None
-
-    def __call__(self, done: int, total: int) -> None:
-        now = self._clock()
-        if self._first is None:
-            self._first = (now, done)
-        since, before = self._first
-        left = "" if done == before else f", {(total - done) * (now - since) / (done - before) / 60:.1f} min left"
-        print(f"{self.name}: {done}/{total} clips{left}", file=sys.stderr, flush=True)
 
 
 def evaluate(
