@@ -16,6 +16,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -134,7 +135,7 @@ def predict(model: VideoDiffusion, windows: np.ndarray) -> dict[str, np.ndarray]
     }
 
 
-def scores(frames: np.ndarray, windows: np.ndarray) -> dict[str, object]:
+def scores(frames: np.ndarray, windows: np.ndarray) -> dict[str, Any]:
     """mean: PSNR over windows and frames; ahead: by distance; pooled: PSNR of the error over all windows at once;
     wins: share of windows better than repeating the last frame."""
     known = _KNOWN.value

@@ -72,7 +72,7 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder):
 
 
 class ShapesBuilder(tfds.core.GeneratorBasedBuilder):
-    """`num_clips` captioned clips of the shapes world, drawn with a fixed seed; split "train" or "heldout" by scene."""
+    """`num_clips` captioned clips of the shapes world of its training split, drawn with a fixed seed."""
 
     name = "shapes"
     VERSION = tfds.core.Version("1.0.0")
