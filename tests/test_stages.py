@@ -59,6 +59,24 @@ def test_channels_may_count_by_the_pixels_they_move(model_folder, tmp_path):
         staged(recipe, tmp_path)
 
 
+def test_weights_of_another_network_are_refused_as_a_start(model_folder, tmp_path):
+    recipe = diffusion_recipe(model_folder)
+    recipe.model.init_from = str(model_folder)
+    theirs = load(model_folder)
+    recipe.model.unet.update(theirs.components["unet"].config_dict())
+    recipe.model.unet.update(linear_path=True, dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"has model\.unet\.linear_path=False, the recipe True"):
+        staged(recipe, tmp_path)
+    recipe.model.unet.linear_path = False  # another compute type is no other network
+    stage = staged(recipe, tmp_path)
+    started = jax.jit(stage.init)(jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, started["unet"], theirs.params["unet"])
+    recipe.stage = "autoencoder"
+    recipe.model.autoencoder.update(channels=(8, 16))
+    with pytest.raises(ValueError, match=r"has model\.autoencoder\.channels=\[8, 8\], the recipe \[8, 16\]"):
+        staged(recipe, tmp_path)
+
+
 def test_the_finished_model_remembers_its_process(model_folder, tmp_path):
     recipe = diffusion_recipe(model_folder)
     recipe.diffusion.update(noise="uniform", prediction="eps", schedule_settings=dict(shift=-1.5))

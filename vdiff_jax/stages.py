@@ -26,7 +26,8 @@ from vdiff_jax.data.video_io import contact_sheet, save_image
 from vdiff_jax.diffusion.loss import weight
 from vdiff_jax.diffusion.prediction import check_kind
 from vdiff_jax.diffusion.schedule import make_schedule
-from vdiff_jax.models.autoencoder import latents_from_moments, pixel_weights, principal_components, sample_moments
+from vdiff_jax.measures import channel_weights, latent_statistics, linear_path_start
+from vdiff_jax.models.autoencoder import latents_from_moments, sample_moments
 from vdiff_jax.pipeline import Settings, VideoDiffusion, load
 from vdiff_jax.recipe import (
     DataConfig,
@@ -38,7 +39,7 @@ from vdiff_jax.recipe import (
     diffusion_config,
     section,
 )
-from vdiff_jax.streams import Stream, make_stream
+from vdiff_jax.streams import make_stream
 from vdiff_jax.training.autoencoder_loss import AutoencoderLossConfig, make_autoencoder_loss
 from vdiff_jax.training.diffusion_objective import make_diffusion_loss, predictor
 from vdiff_jax.training.step import LossFn, TrainState, sample_keys
@@ -79,7 +80,7 @@ def make_stage(recipe: Recipe, mesh: Mesh, workdir: Path) -> Stage:
 def _autoencoder_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Path) -> Stage:
     component = make_component("autoencoder", recipe.model.autoencoder.to_dict())
     stream = make_stream(data, seed=recipe.seed, tokenizer=None)
-    start = load(recipe.model.init_from).params["autoencoder"] if recipe.model.init_from else None
+    start = _starting_point(recipe, component)
 
     def encode_moments(params: Params, video: Array) -> Array:
         return component.apply(params, video, method="encode_moments")
@@ -107,7 +108,7 @@ def _autoencoder_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Pa
         writer.scalars(step, {"preview_psnr": 10 * np.log10(4 / max(mse, 1e-10))})
 
     def finish(state: TrainState, folder: Path) -> None:
-        mean, std = _latent_statistics(lambda video: reconstruct(state.ema, video)[1], stream, batches=32)
+        mean, std = latent_statistics(lambda video: reconstruct(state.ema, video)[1], stream, batches=32)
         config = {**component.config_dict(), "latent_mean": mean, "latent_std": std}
         model = VideoDiffusion(
             components={"autoencoder": make_component("autoencoder", config)},
@@ -117,30 +118,35 @@ def _autoencoder_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Pa
         )
         model.save_pretrained(folder)
 
-    linear = {} if start is not None else _linear_path_start(component, stream)
+    linear = {} if start is not None else linear_path_start(component, stream)
 
     def init(key: Array) -> Params:
-        return jax.tree.map(jnp.asarray, start) if start is not None else {**component.init(key), **linear}
+        if start is not None:
+            return jax.tree.map(jnp.asarray, start.params["autoencoder"])
+        return {**component.init(key), **linear}
 
     batches = functools.partial(stream.starting_at, mesh=mesh)
     return Stage(init, loss_fn, batches, on_sample, finish, stream.left_out, stream.unread)
 
 
-def _linear_path_start(autoencoder: Component, stream: Stream, batches: int = 32) -> Params:
-    """The principal components of the first batches where the autoencoder has a linear path, else nothing."""
-    if not autoencoder.config.linear_path:
-        return {}
-    linear = principal_components((stream.device_batch(step)["video"] for step in range(batches)), autoencoder.config)
-    return _alike(linear)
+COMPUTE_FIELDS = ("dtype", "remat", "attention_implementation", "latent_mean", "latent_std")
 
 
-def _alike(values: Params) -> Params:
-    """The first process's values on every process: each saw its own rows, but all must start alike."""
-    if jax.process_count() == 1:
-        return values
-    from jax.experimental.multihost_utils import broadcast_one_to_all
-
-    return jax.tree.map(np.asarray, broadcast_one_to_all(values))
+def _starting_point(recipe: Recipe, component: Component, but: tuple[str, ...] = ()) -> VideoDiffusion | None:
+    """The model `model.init_from` names, if any. Raises ValueError if its weights do not fit the recipe's network."""
+    if not recipe.model.init_from:
+        return None
+    start, name = load(recipe.model.init_from), component.name
+    if name not in start.components:
+        raise ValueError(f"model.init_from={recipe.model.init_from} holds no {name}: give a model of this stage")
+    theirs, ours = start.components[name].config_dict(), component.config_dict()
+    for field in sorted(set(ours) - {*COMPUTE_FIELDS, *but}):
+        if ours[field] != theirs[field]:
+            raise ValueError(
+                f"model.init_from={recipe.model.init_from} has model.{name}.{field}={theirs[field]}, the recipe "
+                f"{ours[field]}: its weights fit only the same network"
+            )
+    return start
 
 
 def _diffusion_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Path) -> Stage:
@@ -153,17 +159,14 @@ def _diffusion_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Path
         raise ValueError("model.autoencoder_from is empty: train an autoencoder first and give its run folder")
     base = load(recipe.model.autoencoder_from)
     autoencoder, autoencoder_params = base.components["autoencoder"], base.params["autoencoder"]
-    start = load(recipe.model.init_from) if recipe.model.init_from else None
+    unet_settings = recipe.model.unet.to_dict() | {"latent_channels": autoencoder.config.latent_channels}
+    start = _starting_point(recipe, make_component("unet", unet_settings), but=("text_features",))
     digest = base.component_digest("autoencoder")
     if data.latent_cache:
         _fill_latent_cache(data, autoencoder, autoencoder_params, digest)
 
     text, text_params, tokenizer = _text_encoder(recipe, data, start)
-    unet_settings = recipe.model.unet.to_dict() | {
-        "latent_channels": autoencoder.config.latent_channels,
-        "text_features": text.config.features if text else None,
-    }
-    unet = make_component("unet", unet_settings)
+    unet = make_component("unet", unet_settings | {"text_features": text.config.features if text else None})
     trainable = {"unet": unet} | ({"text_encoder": text} if text and text_params is None else {})
 
     def init(key: Array) -> Params:
@@ -191,7 +194,7 @@ def _diffusion_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Path
         kind=diffusion.prediction,
         weighting=diffusion.weighting,
         weighting_settings=dict(diffusion.weighting_settings),
-        channel_weights=_channel_weights(diffusion.channel_weighting, autoencoder, autoencoder_params, stream),
+        channel_weights=channel_weights(diffusion.channel_weighting, autoencoder, autoencoder_params, stream),
         noise=diffusion.noise,
         prompt_dropout=diffusion.prompt_dropout,
         context_prompt_dropout=diffusion.context_prompt_dropout,
@@ -242,27 +245,6 @@ def _check_objective(diffusion: DiffusionConfig) -> None:
     if unknown := sorted(set(diffusion.weighting_settings) - {"bias", "gamma"}):
         raise ValueError(f"diffusion.weighting_settings has no {', '.join(unknown)}: it takes bias and gamma")
     weight(diffusion.weighting, jnp.zeros(()))
-
-
-def _channel_weights(kind: str, autoencoder: Component, params: Params, stream: Stream) -> Array | None:
-    """`diffusion.channel_weighting`, measured on the first clips."""
-    if kind == "equal":
-        return None
-
-    @jax.jit
-    def measure(params: Params, batch: Batch) -> Array:
-        moments = batch.get("moments")
-        if moments is None:
-            moments = autoencoder.apply(params, batch["video"], method="encode_moments")
-        latents = latents_from_moments(moments, autoencoder.config)
-        return pixel_weights(lambda values: autoencoder.apply(params, values, method="decode"), latents)
-
-    few = {name: value[:4] for name, value in stream.device_batch(0).items()}  # a whole batch may not fit decoded
-    weights = _alike({"weights": np.asarray(measure(params, few))})["weights"]
-    if not np.isfinite(weights).all():
-        raise ValueError("diffusion.channel_weighting=pixels: the autoencoder decodes all latents to the same pixels")
-    print(f"latent channels count as {', '.join(f'{weight:.2f}' for weight in weights)}", file=sys.stderr)
-    return jnp.asarray(weights)
 
 
 def _settings(data: DataConfig, diffusion: DiffusionConfig, sample: SampleConfig) -> Settings:
@@ -333,17 +315,6 @@ def _fill_latent_cache(data: DataConfig, autoencoder: Component, params: Params,
 
 def _batch_keys(key: Array, batch_size: int, mesh: Mesh) -> Array:
     return jax.device_put(sample_keys(key, batch_size), parallel.batch_sharding(mesh))
-
-
-def _latent_statistics(encode: Callable[[Array], Array], stream: Stream, batches: int) -> tuple[list, list]:
-    """Mean and standard deviation of the raw latents per channel, over the first batches of the stream."""
-    count, total, square = 0, np.zeros(()), np.zeros(())
-    for step in range(batches):
-        raw = np.asarray(encode(stream.device_batch(step)["video"]), np.float64)
-        flat = raw.reshape(-1, raw.shape[-1])
-        count, total, square = count + len(flat), total + flat.sum(0), square + np.square(flat).sum(0)
-    mean = total / count
-    return mean.tolist(), np.sqrt(np.maximum(square / count - mean**2, 1e-12)).tolist()
 
 
 def _save_sheet(workdir: Path, step: int, sheet: np.ndarray) -> None:
