@@ -29,12 +29,13 @@ def test_clips_show_what_their_prompts_say(evaluation):
 
 
 def test_the_same_weights_predict_and_interpolate(evaluation):
-    for prompted in (True, False):
+    # prompted: (near, one_object)
+    for prompted, bounds in {True: (0.95, 0.95), False: (0.7, 0.8)}.items():
         ahead = prediction(evaluation, prompted=prompted)
-        assert ahead["gain"]["value"] >= 3.0 and ahead["near"]["value"] >= 0.85, (prompted, ahead)
+        assert ahead["gain"]["value"] >= 3.0 and ahead["near"]["value"] >= bounds[0], (prompted, ahead)
         assert ahead["near_codec"]["value"] == 1.0 and ahead["psnr_codec"]["value"] > ahead["psnr"]["value"]
         between = interpolation(evaluation, prompted=prompted)
-        assert between["gain"]["value"] >= 3.0 and between["one_object"]["value"] >= 0.9, (prompted, between)
+        assert between["gain"]["value"] >= 3.0 and between["one_object"]["value"] >= bounds[1], (prompted, between)
         assert between["one_object_codec"]["value"] == 1.0
 
 
