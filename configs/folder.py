@@ -16,6 +16,7 @@ def get_config() -> Recipe:
     config.model.autoencoder_from = "runs/mine_autoencoder"
     config.model.text = "joint"
     config.model.unet.update(channels=(64, 128, 160), attention=(False, True, True), embedding_features=256)
+    config.model.unet.update(nearest_known=True, linear_path=True)  # measured in docs/film.md
     config.data.update(
         source="folder",
         size=64,
