@@ -51,7 +51,7 @@ def get_config() -> Recipe:
     config.diffusion.channel_weighting = "pixels"
     config.optimizer.update(learning_rate=2e-3, warmup_steps=100)
     config.train.update(
-        num_steps=3000, log_steps=50, checkpoint_steps=500, sample_steps=0, model_steps=500, ema_decay=0.995
+        num_steps=2000, log_steps=50, checkpoint_steps=500, sample_steps=0, model_steps=500, ema_decay=0.995
     )
     config.sample.update(prompts=("",) * 4, num_frames=8)
     return config
