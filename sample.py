@@ -53,9 +53,9 @@ def main(_: list[str]) -> int:
     model = load(_MODEL.value)
     steps = _STEPS.value or model.settings.steps
     print(f"sampling {_NUM_SAMPLES.value} clip(s), {steps} steps (the first run compiles first)", file=sys.stderr)
-    count, progress, clips = _NUM_SAMPLES.value, ProgressTimer("sampled"), []
+    count, progress, shown = _NUM_SAMPLES.value, ProgressTimer("sampled"), []
     for start in range(0, count, _BATCH.value):
-        clips += model.generate(
+        clips = model.generate(
             [_PROMPT.value] * min(_BATCH.value, count - start),
             negative_prompt=_NEGATIVE.value,
             num_frames=_NUM_FRAMES.value,
@@ -71,13 +71,14 @@ def main(_: list[str]) -> int:
             fps=_FPS.value,
             stride=_STRIDE.value,
         )
-        progress(len(clips), count)
-    for index, clip in enumerate(clips, start=_FIRST.value):
-        path = out if count == 1 else out.with_name(f"{out.stem}_{index}{out.suffix}")
-        clip.save(path)
-        print(path)
+        for index, clip in enumerate(clips, start=_FIRST.value + start):  # at once: an interruption loses one batch
+            path = out if count == 1 else out.with_name(f"{out.stem}_{index}{out.suffix}")
+            clip.save(path)
+            print(path)
+        shown += [clip.frames for clip in clips] if _SHEET.value else []
+        progress(min(start + _BATCH.value, count), count)
     if _SHEET.value:
-        sheet = contact_sheet([clip.frames for clip in clips], columns=clips[0].frames.shape[0])
+        sheet = contact_sheet(shown, columns=shown[0].shape[0])
         save_image(_SHEET.value, sheet)
         print(_SHEET.value)
     return 0

@@ -3,8 +3,8 @@
     python train.py --config=configs/shapes.py --workdir=runs/shapes
     python train.py --config=configs/shapes_context.py --workdir=runs/shapes_context
 
-Starts from the weights of the first stage, which hears its prompts but was seldom asked to go on without one. About 20
-minutes on 2 CPU cores. What it reaches is in docs/shapes.md.
+Starts from the weights of the first stage, which hears its prompts but was seldom asked to go on without one. It took
+43 minutes on 2 shared CPU cores. What it reaches is in docs/shapes.md.
 """
 
 from configs.shapes import get_config as first_stage
