@@ -1,5 +1,7 @@
 """What a stage starts from, and what its finished model remembers of the recipe."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -41,6 +43,12 @@ def diffusion_recipe(model_folder):
     return recipe
 
 
+def take_networks_of(model, recipe):
+    recipe.model.unet.update(model.components["unet"].config_dict())
+    recipe.model.text_encoder.update(model.components["text_encoder"].config_dict())
+    recipe.data.context_length = model.settings.context_length
+
+
 def test_channels_may_count_by_the_pixels_they_move(model_folder, tmp_path):
     """An untrained network is silent, so its loss is the weighted mean square of its targets."""
     losses = {}
@@ -63,7 +71,7 @@ def test_weights_of_another_network_are_refused_as_a_start(model_folder, tmp_pat
     recipe = diffusion_recipe(model_folder)
     recipe.model.init_from = str(model_folder)
     theirs = load(model_folder)
-    recipe.model.unet.update(theirs.components["unet"].config_dict())
+    take_networks_of(theirs, recipe)
     recipe.model.unet.update(linear_path=True, dtype="bfloat16")
     with pytest.raises(ValueError, match=r"has model\.unet\.linear_path=False, the recipe True"):
         staged(recipe, tmp_path)
@@ -74,6 +82,33 @@ def test_weights_of_another_network_are_refused_as_a_start(model_folder, tmp_pat
     recipe.stage = "autoencoder"
     recipe.model.autoencoder.update(channels=(8, 16))
     with pytest.raises(ValueError, match=r"has model\.autoencoder\.channels=\[8, 8\], the recipe \[8, 16\]"):
+        staged(recipe, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (dict(text="none"), r"has model\.unet\.text_features=\d+, the recipe None"),
+        (dict(text_encoder=dict(layers=2)), r"has model\.text_encoder\.layers=1, the recipe 2"),
+    ],
+)
+def test_a_start_with_another_kind_of_text_is_refused(model_folder, tmp_path, change, sentence):
+    recipe = diffusion_recipe(model_folder)
+    recipe.model.init_from = str(model_folder)
+    take_networks_of(load(model_folder), recipe)
+    recipe.model.update(change)
+    with pytest.raises(ValueError, match=sentence):
+        staged(recipe, tmp_path)
+
+
+def test_a_start_without_text_is_refused_where_text_is_to_be_trained(model_folder, tmp_path):
+    theirs = load(model_folder)
+    components = {name: part for name, part in theirs.components.items() if name != "text_encoder"}
+    params = {name: theirs.params[name] for name in components}
+    dataclasses.replace(theirs, components=components, params=params, tokenizer=None).save_pretrained(tmp_path / "mute")
+    recipe = diffusion_recipe(model_folder)
+    recipe.model.init_from = str(tmp_path / "mute")
+    with pytest.raises(ValueError, match="holds no text_encoder: give a model that has one"):
         staged(recipe, tmp_path)
 
 

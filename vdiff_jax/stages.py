@@ -80,7 +80,8 @@ def make_stage(recipe: Recipe, mesh: Mesh, workdir: Path) -> Stage:
 def _autoencoder_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Path) -> Stage:
     component = make_component("autoencoder", recipe.model.autoencoder.to_dict())
     stream = make_stream(data, seed=recipe.seed, tokenizer=None)
-    start = _starting_point(recipe, component)
+    start = _starting_point(recipe, "autoencoder")
+    _check_same_network(recipe, start, component)
 
     def encode_moments(params: Params, video: Array) -> Array:
         return component.apply(params, video, method="encode_moments")
@@ -132,21 +133,28 @@ def _autoencoder_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Pa
 COMPUTE_FIELDS = ("dtype", "remat", "attention_implementation", "latent_mean", "latent_std")
 
 
-def _starting_point(recipe: Recipe, component: Component, but: tuple[str, ...] = ()) -> VideoDiffusion | None:
-    """The model `model.init_from` names, if any. Raises ValueError if its weights do not fit the recipe's network."""
+def _starting_point(recipe: Recipe, *names: str) -> VideoDiffusion | None:
+    """The model `model.init_from` names, if any. Raises ValueError if one of the components `names` is not in it."""
     if not recipe.model.init_from:
         return None
-    start, name = load(recipe.model.init_from), component.name
-    if name not in start.components:
-        raise ValueError(f"model.init_from={recipe.model.init_from} holds no {name}: give a model of this stage")
-    theirs, ours = start.components[name].config_dict(), component.config_dict()
-    for field in sorted(set(ours) - {*COMPUTE_FIELDS, *but}):
+    start = load(recipe.model.init_from)
+    for name in names:
+        if name not in start.components:
+            raise ValueError(f"model.init_from={recipe.model.init_from} holds no {name}: give a model that has one")
+    return start
+
+
+def _check_same_network(recipe: Recipe, start: VideoDiffusion | None, component: Component) -> None:
+    """Raises ValueError if the weights of `start` do not fit the recipe's `component`, naming the field."""
+    if start is None:
+        return
+    theirs, ours = start.components[component.name].config_dict(), component.config_dict()
+    for field in sorted(set(ours) - set(COMPUTE_FIELDS)):
         if ours[field] != theirs[field]:
             raise ValueError(
-                f"model.init_from={recipe.model.init_from} has model.{name}.{field}={theirs[field]}, the recipe "
-                f"{ours[field]}: its weights fit only the same network"
+                f"model.init_from={recipe.model.init_from} has model.{component.name}.{field}={theirs[field]}, the "
+                f"recipe {ours[field]}: its weights fit only the same network"
             )
-    return start
 
 
 def _diffusion_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Path) -> Stage:
@@ -159,14 +167,15 @@ def _diffusion_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Path
         raise ValueError("model.autoencoder_from is empty: train an autoencoder first and give its run folder")
     base = load(recipe.model.autoencoder_from)
     autoencoder, autoencoder_params = base.components["autoencoder"], base.params["autoencoder"]
+    start = _starting_point(recipe, "unet", *(["text_encoder"] if recipe.model.text == "joint" else []))
+    text, text_params, tokenizer = _text_encoder(recipe, data, start)
     unet_settings = recipe.model.unet.to_dict() | {"latent_channels": autoencoder.config.latent_channels}
-    start = _starting_point(recipe, make_component("unet", unet_settings), but=("text_features",))
+    unet = make_component("unet", unet_settings | {"text_features": text.config.features if text else None})
+    _check_same_network(recipe, start, unet)
     digest = base.component_digest("autoencoder")
     if data.latent_cache:
         _fill_latent_cache(data, autoencoder, autoencoder_params, digest)
 
-    text, text_params, tokenizer = _text_encoder(recipe, data, start)
-    unet = make_component("unet", unet_settings | {"text_features": text.config.features if text else None})
     trainable = {"unet": unet} | ({"text_encoder": text} if text and text_params is None else {})
 
     def init(key: Array) -> Params:
@@ -278,12 +287,15 @@ def _text_encoder(
         return component, params, tokenizer
     if kind != "joint":
         raise ValueError(f"model.text={kind!r}: choose joint, minilm or none")
-    if start is not None:
-        return start.components["text_encoder"], None, start.tokenizer
-    tokenizer = make_stream(data, seed=recipe.seed, tokenizer=None).fit_tokenizer()
+    if start is not None and start.tokenizer is not None:  # its words are those its weights know
+        tokenizer = start.tokenizer
+    else:
+        tokenizer = make_stream(data, seed=recipe.seed, tokenizer=None).fit_tokenizer()
     settings = recipe.model.text_encoder.to_dict()
     settings |= {"vocab_size": tokenizer.vocab_size, "context_length": data.context_length}
-    return make_component("text_encoder", settings), None, tokenizer
+    text = make_component("text_encoder", settings)
+    _check_same_network(recipe, start, text)
+    return text, None, tokenizer
 
 
 def _null_prompt(text, text_params, tokenizer, data: DataConfig) -> tuple[Array, Array] | None:
