@@ -226,7 +226,8 @@ class VideoDiffusion:
         run = self._sample_fn(guided=uncond is not None and scale != 1.0, rescale=guidance_rescale > 0)
         low, high = (-jnp.inf, jnp.inf) if guidance_interval is None else guidance_interval
         guidance = jnp.asarray([scale, low, high, guidance_rescale], jnp.float32)
-        return run(self.params["unet"], job, make_sampler(sampler or settings.sampler, eta), uncond, guidance, keys)
+        how = make_sampler(sampler or settings.sampler, eta, noise_kind=settings.noise)
+        return run(self.params["unet"], job, how, uncond, guidance, keys)
 
     def estimate(
         self, z: Latents, logsnr: LogSNR, prompts: Sequence[str] | None = None, *, times: Array | None = None

@@ -31,11 +31,15 @@ def test_every_kind_has_the_noise_error_of_its_estimate(kind):
     with jax.enable_x64(True):
         data = clip()
         _, eps, x0_hat, z, logsnr, known = data
-        loss, eps_loss = losses(kind, x0_hat, data, weighting="eps")
+        loss, eps_loss, by_frame, unknown = losses(kind, x0_hat, data, weighting="eps")
         squared = np.asarray(jnp.square(to_eps("x0", x0_hat, z, logsnr) - eps)).mean(-1)
         for b in range(4):
             expected = squared[b][np.asarray(known[b, ..., 0]) == 0].mean()
             np.testing.assert_allclose([loss[b], eps_loss[b]], expected, rtol=1e-5)
+        free = np.asarray(known[..., 0]) == 0
+        np.testing.assert_allclose(unknown, free.mean((2, 3)))
+        expected = (squared * free).sum((2, 3)) / np.maximum(free.sum((2, 3)), 1)
+        np.testing.assert_allclose(by_frame, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
@@ -72,7 +76,7 @@ def test_the_natural_weight_of_a_kind_is_its_plain_squared_error():
     nothing = jnp.zeros_like(data[5])
     for kind, weighting in (("eps", "eps"), ("x0", "x0"), ("v", "v"), ("velocity", "flow")):
         prediction = x0_hat
-        loss, _ = diffusion_loss(prediction, kind, x, eps, z, logsnr, nothing, weighting=weighting)
+        loss = diffusion_loss(prediction, kind, x, eps, z, logsnr, nothing, weighting=weighting).loss
         plain = jnp.square(prediction - target(kind, x, eps, logsnr)).mean((1, 2, 3, 4))
         np.testing.assert_allclose(loss, plain, rtol=1e-5)
 
@@ -81,10 +85,10 @@ def test_channel_weights_move_the_loss_and_leave_the_noise_error():
     data = clip()
     x, eps, _, z, logsnr, known = data
     wrong = jnp.zeros_like(eps).at[..., 1].set(0.5)
-    plain, plain_eps = diffusion_loss(eps + wrong, "eps", x, eps, z, logsnr, known, weighting="eps")
+    plain, plain_eps, *_ = diffusion_loss(eps + wrong, "eps", x, eps, z, logsnr, known, weighting="eps")
     np.testing.assert_allclose(plain, 0.125, rtol=1e-5)
     for weights, expected in (([1.0, 1.0], 0.125), ([0.5, 1.5], 0.1875), ([2.0, 0.0], 0.0)):
-        loss, eps_loss = diffusion_loss(
+        loss, eps_loss, *_ = diffusion_loss(
             eps + wrong, "eps", x, eps, z, logsnr, known, weighting="eps", channel_weights=jnp.asarray(weights)
         )
         np.testing.assert_allclose(loss, expected, rtol=1e-5, atol=1e-9)
@@ -99,10 +103,10 @@ def test_single_precision_is_stable_at_the_ends_and_at_pure_noise():
         z = add_noise(x, eps, logsnr)
         for kind in ("x0", "v", "velocity"):
             for weighting in WEIGHTINGS:
-                pair = diffusion_loss(x0_hat, kind, x, eps, z, logsnr, nothing, weighting=weighting)
-                assert np.isfinite(pair).all(), (level, kind, weighting)
+                measured = diffusion_loss(x0_hat, kind, x, eps, z, logsnr, nothing, weighting=weighting)
+                assert all(np.isfinite(value).all() for value in measured), (level, kind, weighting)
     logsnr = jnp.full((4, 3), -jnp.inf)
-    loss, eps_loss = diffusion_loss(x0_hat, "v", x, eps, eps, logsnr, nothing, weighting="v")
+    loss, eps_loss, *_ = diffusion_loss(x0_hat, "v", x, eps, eps, logsnr, nothing, weighting="v")
     np.testing.assert_allclose(loss, jnp.square(x0_hat + x).mean((1, 2, 3, 4)), rtol=1e-4)  # v is -x there
     assert float(eps_loss.max()) < 1e-6
 
@@ -136,6 +140,10 @@ def test_bins_sum_to_what_went_in():
     inside = np.clip(logsnr, -9.99, 9.99)
     np.testing.assert_array_equal(count, np.histogram(inside, edges)[0])
     np.testing.assert_allclose(total, np.histogram(inside, edges, weights=values)[0], rtol=1e-5)
+    half = np.where(np.arange(50) % 2, 0.5, 0.0).astype(np.float32)
+    total, count = loss_by_bin(*map(jnp.asarray, (logsnr, values)), jnp.asarray(edges, jnp.float32), jnp.asarray(half))
+    np.testing.assert_allclose(count, np.histogram(inside, edges, weights=half)[0])
+    np.testing.assert_allclose(total, np.histogram(inside, edges, weights=half * values)[0], rtol=1e-5)
 
 
 def test_mistakes_are_named():

@@ -214,6 +214,18 @@ def test_a_sample_does_not_depend_on_its_batch():
     assert float(jnp.abs(together[3] - together[4]).max()) > 0.1
 
 
+@pytest.mark.parametrize(("noise_kind", "kurtosis"), [("gaussian", 3.0), ("uniform", 1.8)])
+def test_context_and_steps_are_noised_by_the_law_of_the_training(noise_kind, kurtosis):
+    """From zero latents and a zero denoiser, one ancestral step leaves nothing but its noise."""
+    nothing = jnp.zeros((N, F, 32, 32, 1))
+    known = jobs.known_frames(nothing, [0], logsnr=0.0)
+    job = Job(nothing, jnp.asarray([[[-1.0] * F] * N, [[1.0] * F] * N]), known, None)
+    ancestral = make_sampler("ddpm", noise_kind=noise_kind)
+    noisy = sample(lambda z, *_, **__: jnp.zeros_like(z), job, ancestral, KEYS, finish=False)
+    for part in (noisy[:, 0], noisy[:, 1:]):  # the context, and what the step made
+        np.testing.assert_allclose(jnp.mean((part / part.std()) ** 4), kurtosis, rtol=0.05)
+
+
 def test_trace_returns_every_clean_estimate():
     start = random_clips()
     plan = jobs.uniform_plan(Cosine(), 5 * F, 1, F)

@@ -56,11 +56,13 @@ def zero(params, z, *_):
 
 
 def test_a_zero_network_has_the_loss_of_the_noise():
-    loss, metrics, (_, _, mask, _, _) = evaluate(zero)
+    loss, metrics, (_, logsnr, mask, _, _) = evaluate(zero)
     np.testing.assert_allclose(loss, 1.0, atol=0.05)  # the variance of eps, over unknown tokens
     np.testing.assert_allclose(metrics["eps_loss"], loss, rtol=1e-5)
     assert 0.1 < mask.mean() < 0.4
-    assert metrics["eps_loss_by_logsnr_count"].sum() == BATCH
+    unknown = 1 - mask.mean((2, 3, 4))
+    counts = np.histogram(np.clip(logsnr, -9.99, 9.99), np.linspace(-10, 10, 9), weights=unknown)[0]
+    np.testing.assert_allclose(metrics["eps_loss_by_logsnr_count"], counts, rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(metrics["eps_loss_by_row_sum"].sum() / BATCH, metrics["eps_loss"], rtol=1e-5)
 
 
@@ -93,6 +95,21 @@ def test_a_network_that_inverts_the_noising_has_no_loss(kind):
     assert metrics["eps_loss"] < 1e-3
     _, metrics, _ = evaluate(exact, latents, kind, {"error": 0.5})
     np.testing.assert_allclose(metrics["eps_loss"], 0.25, rtol=0.02)
+
+
+def worse_when_clean(params, z, logsnr, *rest):
+    return exact_eps({"error": (logsnr / 10)[:, :, None, None, None]}, z, logsnr, *rest)
+
+
+def test_every_frame_counts_in_the_bin_of_its_own_level():
+    """The error of this network is the level of each frame, and clips of ramps hold many levels."""
+    latents = np.full((BATCH, *SHAPE), CONSTANT, np.float32)
+    _, metrics, (_, logsnr, _, _, _) = evaluate(worse_when_clean, latents, params={})
+    mean = metrics["eps_loss_by_logsnr_sum"] / metrics["eps_loss_by_logsnr_count"]
+    edges = np.linspace(-1, 1, 9)
+    low, high = np.minimum(edges[:-1] ** 2, edges[1:] ** 2), np.maximum(edges[:-1] ** 2, edges[1:] ** 2)
+    assert np.ptp(logsnr, axis=1).max() > 5
+    assert (mean >= low - 1e-3).all() and (mean <= high + 1e-3).all()
 
 
 def test_known_tokens_are_shown_at_their_own_level():

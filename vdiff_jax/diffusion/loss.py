@@ -20,6 +20,8 @@ Runs with different kinds and weightings are compared by the unweighted error, r
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,6 +85,20 @@ def log_eps_factor(kind: str, logsnr: Array) -> Array:
     raise ValueError(f"prediction kind {kind!r} is unknown; use one of {', '.join(KINDS)}.")
 
 
+class DiffusionLoss(NamedTuple):
+    """What `diffusion_loss` measures, fp32.
+
+    loss: `[b]`, the weighted loss of every sample. eps_loss: `[b]`, its unweighted noise error, for the record.
+    frame_eps_loss: `[b f]`, the same frame by frame, as frames of one clip may have different levels.
+    frame_unknown: `[b f]`, share of the frame's tokens that is unknown; where it is 0, frame_eps_loss is 0 as well.
+    """
+
+    loss: Array
+    eps_loss: Array
+    frame_eps_loss: Array
+    frame_unknown: Array
+
+
 def diffusion_loss(
     prediction: Array,
     kind: str,
@@ -96,7 +112,7 @@ def diffusion_loss(
     bias: float = 2.0,
     gamma: float = 5.0,
     channel_weights: Array | None = None,
-) -> tuple[Array, Array]:
+) -> DiffusionLoss:
     """Loss of every sample, and its unweighted noise error for the record.
 
     Args:
@@ -108,7 +124,7 @@ def diffusion_loss(
     Raises:
         ValueError: the network changed the shape of its input.
     Returns:
-        loss `[b]`, eps_loss `[b]`: means over unknown tokens and channels, fp32.
+        Means over unknown tokens and channels.
     """
     if prediction.shape != z.shape:
         raise ValueError(f"prediction has shape {prediction.shape} but z has {z.shape}; a network keeps the shape.")
@@ -122,11 +138,17 @@ def diffusion_loss(
     factor = log_eps_factor(kind, logsnr)
     weighted = jnp.exp(factor + log_weight(weighting, logsnr, bias=bias, gamma=gamma)) * balanced
     unknown = known_mask < 0.5
-    return _mean_where(weighted, unknown), _mean_where(jnp.exp(factor) * squared, unknown)
+    plain = jnp.exp(factor) * squared
+    every, inner = tuple(range(1, plain.ndim)), tuple(range(2, plain.ndim))
+    return DiffusionLoss(
+        loss=_mean_where(weighted, unknown, every),
+        eps_loss=_mean_where(plain, unknown, every),
+        frame_eps_loss=_mean_where(plain, unknown, inner),
+        frame_unknown=jnp.mean(unknown.astype(jnp.float32), inner),
+    )
 
 
-def _mean_where(values: Array, where: Array) -> Array:
-    axes = tuple(range(1, values.ndim))
+def _mean_where(values: Array, where: Array, axes: tuple[int, ...]) -> Array:
     return jnp.sum(jnp.where(where, values, 0.0), axes) / jnp.maximum(jnp.sum(where, axes), 1)
 
 
@@ -135,16 +157,19 @@ def stratified_u(key: Array, batch: int) -> Array:
     return jnp.mod(jax.random.uniform(key) + jnp.arange(batch) / batch, 1.0)
 
 
-def loss_by_bin(logsnr: Array, eps_loss: Array, edges: Array) -> tuple[Array, Array]:
+def loss_by_bin(logsnr: Array, eps_loss: Array, edges: Array, weights: Array | None = None) -> tuple[Array, Array]:
     """Sums losses by level, so that runs with different training levels can be compared.
 
     Args:
         logsnr, eps_loss: equal shapes, for example `[b]` or `[b f]`.
         edges: `[n + 1]` increasing bin edges; levels outside fall in the first or last bin.
+        weights: how much each counts, of the same shape; 1 by default.
     Returns:
-        sum `[n]`, count `[n]` f32: add them over steps, then divide.
+        sum `[n]`, count `[n]` f32, both weighted: add them over steps, then divide.
     """
     bins = edges.shape[0] - 1
     index = jnp.clip(jnp.searchsorted(edges, logsnr.ravel(), side="right") - 1, 0, bins - 1)
     member = jax.nn.one_hot(index, bins, dtype=jnp.float32)
+    if weights is not None:
+        member = member * weights.ravel()[:, None]
     return jnp.sum(member * eps_loss.ravel()[:, None], axis=0), jnp.sum(member, axis=0)

@@ -42,6 +42,7 @@ class Sampler:
     process: "vp", "flow" or "edm", the scale in which the step is written. Results are equal to rounding.
     corrector: repeat each step with the estimate at its end (deterministic sampling only; ignored where eta > 0).
     trace: also return every clean estimate.
+    noise_kind: law of the context and step noise, see `diffusion.noise`: the one the network was trained on.
     """
 
     eta: float | Array = 0.0
@@ -49,13 +50,16 @@ class Sampler:
     process: str = "vp"
     corrector: bool = False
     trace: bool = False
+    noise_kind: str = "gaussian"
 
     def __post_init__(self):
         if self.order not in (1, 2):
             raise ValueError(f"sampler order {self.order} must be 1 or 2; order 3 is order 2 with the corrector.")
 
 
-jax.tree_util.register_dataclass(Sampler, data_fields=["eta"], meta_fields=["order", "process", "corrector", "trace"])
+jax.tree_util.register_dataclass(
+    Sampler, data_fields=["eta"], meta_fields=["order", "process", "corrector", "trace", "noise_kind"]
+)
 
 SAMPLERS: dict[str, Sampler] = {
     "ddim": Sampler(order=1),
@@ -69,7 +73,9 @@ SAMPLERS: dict[str, Sampler] = {
 }
 
 
-def make_sampler(name: str, eta: float | Array | None = None, trace: bool = False) -> Sampler:
+def make_sampler(
+    name: str, eta: float | Array | None = None, trace: bool = False, noise_kind: str = "gaussian"
+) -> Sampler:
     """A sampler by name, its eta replaced if given.
 
     Raises:
@@ -80,7 +86,8 @@ def make_sampler(name: str, eta: float | Array | None = None, trace: bool = Fals
         hint = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(SAMPLERS)}."
         raise ValueError(f"sampler {name!r} is unknown; {hint}")
     sampler = SAMPLERS[name]
-    return dataclasses.replace(sampler, eta=sampler.eta if eta is None else eta, trace=trace)
+    eta = sampler.eta if eta is None else eta
+    return dataclasses.replace(sampler, eta=eta, trace=trace, noise_kind=noise_kind)
 
 
 class History(NamedTuple):
@@ -193,9 +200,10 @@ def kernel_moments(h: Array) -> tuple[Array, Array]:
     return first, second
 
 
-def context_noise(keys: Array, known: Known) -> Latents:
+def context_noise(keys: Array, known: Known, noise_kind: str = "gaussian") -> Latents:
     """The fixed unit noise of known tokens, `[b f h w c]`, from the samples' keys."""
-    return draw_noise(stream(keys, CONTEXT_STREAM), known.latents.shape[1:]).astype(known.latents.dtype)
+    noise = draw_noise(stream(keys, CONTEXT_STREAM), known.latents.shape[1:], noise_kind)
+    return noise.astype(known.latents.dtype)
 
 
 def sample(denoise_fn: DenoiseFn, job: Job, sampler: Sampler, keys: Array, *, finish: bool = True) -> Any:
@@ -214,14 +222,14 @@ def sample(denoise_fn: DenoiseFn, job: Job, sampler: Sampler, keys: Array, *, fi
     """
     _check_shapes(job, keys)
     known = job.known
-    pinned = add_noise(known.latents, context_noise(keys, known), known.logsnr)
+    pinned = add_noise(known.latents, context_noise(keys, known, sampler.noise_kind), known.logsnr)
     is_known = known.mask > 0.5
     step_keys = stream(keys, STEP_STREAM)
     final = jnp.max(job.plan, axis=0)
     shape = job.z.shape
 
     def unit_noise(keys: Array) -> Latents:
-        return draw_noise(keys, shape[1:]).astype(job.z.dtype)
+        return draw_noise(keys, shape[1:], sampler.noise_kind).astype(job.z.dtype)
 
     def body(carry, inputs):
         z, history = carry

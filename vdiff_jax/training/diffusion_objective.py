@@ -63,23 +63,21 @@ def make_diffusion_loss(
         drop = jax.vmap(jax.random.bernoulli)(drop_keys, drop_rate)
         cond = _conditioning(params, batch, drop)
         output = predict_fn(params, z, drawn.logsnr, drawn.mask, drawn.context_logsnr, cond)
-        per_sample, eps_loss = losses.diffusion_loss(
+        measured = losses.diffusion_loss(
             output, kind, x, eps, z, tokens, drawn.mask,
             weighting=weighting, channel_weights=channel_weights, **weighting_settings,
         )  # fmt: skip
-        level = jnp.mean(drawn.logsnr, axis=1)
-        bin_sum, bin_count = losses.loss_by_bin(level, eps_loss, edges)
-        row_sum, row_count = losses.loss_by_bin(
-            drawn.row.astype(jnp.float32), eps_loss, jnp.arange(patterns.NUM_ROWS + 1) - 0.5
-        )
+        bin_sum, bin_count = losses.loss_by_bin(drawn.logsnr, measured.frame_eps_loss, edges, measured.frame_unknown)
+        rows = jnp.arange(patterns.NUM_ROWS + 1) - 0.5
+        row_sum, row_count = losses.loss_by_bin(drawn.row.astype(jnp.float32), measured.eps_loss, rows)
         metrics = {
-            "eps_loss": eps_loss.mean(),
+            "eps_loss": measured.eps_loss.mean(),
             "eps_loss_by_logsnr_sum": bin_sum,
             "eps_loss_by_logsnr_count": bin_count,
             "eps_loss_by_row_sum": row_sum,
             "eps_loss_by_row_count": row_count,
         }
-        return per_sample.mean(), metrics
+        return measured.loss.mean(), metrics
 
     def _conditioning(params: Params, batch: Batch, drop: Array) -> Conditioning:
         if null_prompt is None:
