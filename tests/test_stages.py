@@ -1,12 +1,15 @@
 """What a stage starts from, and what its finished model remembers of the recipe."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from vdiff_jax import parallel
+from vdiff_jax.interop import transformers
+from vdiff_jax.interop.transformers import load_bert
 from vdiff_jax.pipeline import load
 from vdiff_jax.recipe import default_recipe
 from vdiff_jax.stages import make_stage
@@ -110,6 +113,29 @@ def test_a_start_without_text_is_refused_where_text_is_to_be_trained(model_folde
     recipe.model.init_from = str(tmp_path / "mute")
     with pytest.raises(ValueError, match="holds no text_encoder: give a model that has one"):
         staged(recipe, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:the prompt")  # the tiny encoder knows few words
+def test_a_pretrained_text_encoder_stays_frozen_and_is_saved_along(model_folder, tmp_path, monkeypatch):
+    golden = load_bert(Path(__file__).parent / "golden" / "tiny_bert")
+    monkeypatch.setattr(transformers, "load_minilm", lambda: golden)
+    encoder, weights, tokenizer = golden
+    recipe = diffusion_recipe(model_folder)
+    recipe.model.text = "minilm"
+    recipe.data.context_length = 8
+    stage = staged(recipe, tmp_path)
+    state = jax.jit(lambda key: create_state(stage.init, make_optimizer(OptimizerConfig(), 1), key))(jax.random.key(0))
+    assert set(state.params) == {"unet"}
+    batch = next(stage.batches_from(0))
+    assert batch["text"].shape == (8, 8, encoder.config.features) and "tokens" not in batch
+    loss, _ = jax.jit(stage.loss_fn)(state.params, batch, jax.random.split(jax.random.key(1), 8))
+    assert np.isfinite(loss)
+    stage.finish(state, tmp_path / "model")
+    saved = load(tmp_path / "model")
+    jax.tree.map(np.testing.assert_array_equal, saved.params["text_encoder"], weights)
+    for ours, theirs in zip(*(part.encode(["a red circle"], 8) for part in (saved.tokenizer, tokenizer)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert saved.generate(["a red circle"], num_frames=2, steps=1)[0].frames.shape == (2, 16, 16, 3)
 
 
 def test_the_finished_model_remembers_its_process(model_folder, tmp_path):
