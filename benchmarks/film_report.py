@@ -137,18 +137,34 @@ def predict(model: VideoDiffusion, windows: np.ndarray) -> dict[str, np.ndarray]
 
 def scores(frames: np.ndarray, windows: np.ndarray) -> dict[str, Any]:
     """mean: PSNR over windows and frames; ahead: by distance; pooled: PSNR of the error over all windows at once;
-    wins: share of windows better than repeating the last frame."""
+    wins: share of windows better than repeating the last frame; moving, still: the same of either half, see
+    `moving_half`."""
     known = _KNOWN.value
     truth, last = windows[:, known:].astype(np.float32), windows[:, known - 1 : known].astype(np.float32)
     error = np.square(frames.astype(np.float32) - truth).mean(axis=(2, 3, 4))
     rival = np.square(last - truth).mean(axis=(2, 3, 4))
-    values = 10 * np.log10(255**2 / np.maximum(error, 1e-2))  # equal frames count as 68 dB
+    moving = moving_half(windows)
+    parts = {name: _summary(error[rows], rival[rows]) for name, rows in (("moving", moving), ("still", ~moving))}
+    return {**_summary(error, rival), "ahead": _decibels(error).mean(axis=0).tolist(), **parts}
+
+
+def moving_half(windows: np.ndarray) -> np.ndarray:
+    """`[n]` bool: the half of the windows whose last two given frames differ most. What follows plays no part."""
+    pair = windows[:, max(_KNOWN.value - 2, 0) : _KNOWN.value].astype(np.float32)
+    change = np.square(pair[:, -1] - pair[:, 0]).mean(axis=(1, 2, 3))
+    return change > np.median(change)
+
+
+def _summary(error: np.ndarray, rival: np.ndarray) -> dict[str, float]:
     return {
-        "mean": float(values.mean()),
-        "ahead": values.mean(axis=0).tolist(),
-        "pooled": float(10 * np.log10(255**2 / error.mean())),
+        "mean": float(_decibels(error).mean()),
+        "pooled": float(_decibels(error.mean())),
         "wins": float(np.mean(error.mean(axis=1) < rival.mean(axis=1))),
     }
+
+
+def _decibels(error: np.ndarray) -> np.ndarray:
+    return 10 * np.log10(255**2 / np.maximum(error, 1e-2))  # equal frames count as 68 dB
 
 
 def prediction_sheet(windows: np.ndarray, answers: dict[str, np.ndarray], count: int = 4) -> np.ndarray:
@@ -222,10 +238,24 @@ def results_table(report: dict, trained: str) -> str:
     ]
     for name, title in rows.items():
         values = report["prediction_psnr"][name]
-        wins = "" if name == "repeat_last" else f"{100 * values['wins']:.0f} %"
         numbers = " | ".join(f"{value:.2f}" for value in (values["mean"], *values["ahead"], values["pooled"]))
-        lines.append(f"| {title} | {numbers} | {wins} |")
+        lines.append(f"| {title} | {numbers} | {_wins(name, values)} |")
+    lines += [
+        "",
+        "The same by halves. Moving: the windows whose last two given frames differ most; still: the others.",
+        "",
+        "| answer | moving: mean | pooled | wins | still: mean | pooled | wins |",
+        "| --- " * 7 + "|",
+    ]
+    for name, title in rows.items():
+        halves = [report["prediction_psnr"][name][part] for part in ("moving", "still")]
+        cells = [f"{half['mean']:.2f} | {half['pooled']:.2f} | {_wins(name, half)}" for half in halves]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines) + PICTURES
+
+
+def _wins(name: str, values: dict[str, Any]) -> str:
+    return "" if name == "repeat_last" else f"{100 * values['wins']:.0f} %"
 
 
 def write_text(path: Path, text: str) -> None:
