@@ -1,11 +1,13 @@
 """The whole model, small and random: generate, encode, decode, save, load, and what changes what."""
 
 import dataclasses
+import functools
 import json
 import logging
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -13,8 +15,10 @@ from safetensors.numpy import load_file, save_file
 from vdiff_jax.data.video_io import Clip
 from vdiff_jax.diffusion.noise import draw_noise
 from vdiff_jax.pipeline import VideoDiffusion, load
-from vdiff_jax.sampling.job import START_STREAM, stream
-from vdiff_jax.sampling.samplers import SAMPLERS
+from vdiff_jax.sampling.guidance import make_denoise_fn
+from vdiff_jax.sampling.job import START_STREAM, known_frames, stream, text_to_video_job
+from vdiff_jax.sampling.samplers import SAMPLERS, make_sampler, sample
+from vdiff_jax.types import Conditioning
 
 PROMPT = "a red circle moving right"
 
@@ -38,7 +42,7 @@ def test_a_clip_has_the_shape_rate_and_provenance_asked_for(model):
 
 def test_an_item_of_a_batch_is_what_it_would_be_with_other_neighbours(model):
     words = ["red", "green", "blue", "a", "up", "down", "left", "right"]
-    keys = jax.vmap(lambda seed: jax.random.key(seed))(jax.numpy.arange(8))
+    keys = jax.vmap(lambda seed: jax.random.key(seed))(jnp.arange(8))
     eight = np.asarray(model.generate_latents(words, keys=keys))
     one = np.asarray(model.generate_latents(words[3:4], keys=keys[3:4]))
     np.testing.assert_allclose(one[0], eight[3], atol=1e-4 * np.abs(eight).max())
@@ -60,11 +64,11 @@ def test_a_clip_of_a_list_can_be_made_again_alone(model):
 def test_changed_values_change_the_clip_and_compile_nothing(model, caplog):
     settings = dict(guidance_scale=2.0, eta=0.0, stride=1.0, negative_prompt="")
     base = model.generate_latents
-    keys = jax.vmap(jax.random.key)(jax.numpy.arange(1))
+    keys = jax.vmap(jax.random.key)(jnp.arange(1))
     first = np.asarray(base([PROMPT], keys=keys, **settings))
     changes = [
         dict(prompts=["a blue square"]),
-        dict(keys=jax.vmap(jax.random.key)(jax.numpy.arange(1) + 9)),
+        dict(keys=jax.vmap(jax.random.key)(jnp.arange(1) + 9)),
         dict(guidance_scale=5.5),
         dict(eta=0.7),
         dict(stride=2.0),
@@ -84,8 +88,23 @@ def test_changed_values_change_the_clip_and_compile_nothing(model, caplog):
         assert np.abs(other - first).max() > 1e-3, change
 
 
+def test_context_and_steps_are_noised_as_in_the_training(model):
+    other = dataclasses.replace(model, settings=dataclasses.replace(model.settings, noise="uniform"))
+    keys = jax.vmap(jax.random.key)(jnp.arange(1))
+    shape = (1, 3, 8, 8, 2)
+    known = known_frames(jnp.zeros(shape), [0], logsnr=0.0)
+    latents = other.complete(known, [PROMPT], keys=keys, sampler="ddpm", guidance_scale=1.0)
+    cond = Conditioning(*model.encode_prompts([PROMPT]), jnp.arange(3.0)[None])
+    denoise = make_denoise_fn(model.components["unet"].apply, model.params["unet"], model.settings.prediction)
+    job = text_to_video_job(keys, shape, model.schedule, model.settings.steps, cond, "uniform")
+    job = dataclasses.replace(job, known=known)
+    for kind in ("uniform", "gaussian"):
+        expected = jax.jit(functools.partial(sample, denoise))(job, make_sampler("ddpm", noise_kind=kind), keys)
+        assert (np.abs(latents - expected).max() < 1e-4) == (kind == "uniform")
+
+
 def test_guidance_of_one_is_no_guidance(model):
-    keys = jax.vmap(jax.random.key)(jax.numpy.arange(1))
+    keys = jax.vmap(jax.random.key)(jnp.arange(1))
     plain, nearly, strong = (
         np.asarray(model.generate_latents([PROMPT], keys=keys, negative_prompt="green up", guidance_scale=scale))
         for scale in (1.0, 1.0 + 1e-6, 3.0)
@@ -98,7 +117,7 @@ def test_guidance_of_one_is_no_guidance(model):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_runs(model, sampler):
-    keys = jax.vmap(jax.random.key)(jax.numpy.arange(1))
+    keys = jax.vmap(jax.random.key)(jnp.arange(1))
     latents = np.asarray(model.generate_latents([PROMPT], keys=keys, guidance_scale=1.0, sampler=sampler))
     assert latents.shape == (1, 3, 8, 8, 2) and np.isfinite(latents).all() and latents.std() > 1e-3
 
@@ -203,11 +222,11 @@ def test_too_long_a_prompt_warns_and_says_what_was_cut(model):
 
 def test_the_estimate_is_one_denoising_step_without_guidance(model):
     """A plan of one step returns the estimate at the noisiest level of the schedule."""
-    keys = jax.vmap(jax.random.key)(jax.numpy.arange(2))
+    keys = jax.vmap(jax.random.key)(jnp.arange(2))
     prompts = [PROMPT, "a blue square"]
     sampled = model.generate_latents(prompts, keys=keys, steps=1, guidance_scale=1.0, sampler="ddim")
     z = draw_noise(stream(keys, START_STREAM), sampled.shape[1:])
-    level = jax.numpy.full(z.shape[:2], model.schedule.logsnr_min)
+    level = jnp.full(z.shape[:2], model.schedule.logsnr_min)
     estimate = model.estimate(z, level, prompts)
     assert np.abs(np.asarray(estimate) - np.asarray(model.estimate(z, level))).max() > 1e-3  # the prompt matters
     np.testing.assert_allclose(estimate, sampled, atol=1e-4 * np.abs(np.asarray(sampled)).max())

@@ -1,6 +1,7 @@
 """What a stage starts from, and what its finished model remembers of the recipe."""
 
 import dataclasses
+import warnings
 from pathlib import Path
 
 import jax
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 
 from vdiff_jax import parallel
+from vdiff_jax.data.video_io import Clip
 from vdiff_jax.interop import transformers
 from vdiff_jax.interop.transformers import load_bert
+from vdiff_jax.models.text_encoder import TextEncoderConfig
 from vdiff_jax.pipeline import load
 from vdiff_jax.recipe import default_recipe
 from vdiff_jax.stages import make_stage
@@ -17,8 +20,8 @@ from vdiff_jax.training.optimizer import OptimizerConfig, make_optimizer
 from vdiff_jax.training.step import create_state
 
 
-def staged(recipe, folder):
-    recipe.data.update(source="shapes", world="small", size=16, world_frames=4, num_frames=2, batch_size=8)
+def staged(recipe, folder, source="shapes"):
+    recipe.data.update(source=source, world="small", size=16, world_frames=4, num_frames=2, batch_size=8)
     recipe.data.update(strides=(1,), stride_weights=(1.0,))
     mesh = parallel.make_mesh()
     with jax.set_mesh(mesh):
@@ -91,7 +94,9 @@ def test_weights_of_another_network_are_refused_as_a_start(model_folder, tmp_pat
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (dict(text="none"), r"has model\.unet\.text_features=\d+, the recipe None"),
+        (dict(text="none"), r"has model\.unet\.text_features=8, the recipe None"),
+        (dict(text="minilm"), r"has model\.unet\.text_features=8, the recipe 384"),
+        (dict(text="clip"), r"model\.text='clip': choose joint, minilm, none"),
         (dict(text_encoder=dict(layers=2)), r"has model\.text_encoder\.layers=1, the recipe 2"),
     ],
 )
@@ -104,6 +109,35 @@ def test_a_start_with_another_kind_of_text_is_refused(model_folder, tmp_path, ch
         staged(recipe, tmp_path)
 
 
+def test_prompts_longer_than_the_start_knows_are_refused_and_shorter_ones_are_not(model_folder, tmp_path):
+    recipe = diffusion_recipe(model_folder)
+    recipe.model.init_from = str(model_folder)
+    take_networks_of(load(model_folder), recipe)
+    recipe.data.context_length = 9
+    with pytest.raises(ValueError, match=r"data\.context_length=9 is more than the 8 tokens"):
+        staged(recipe, tmp_path)
+    recipe.data.context_length = 6
+    stage = staged(recipe, tmp_path)
+    batch = next(stage.batches_from(0))
+    loss, _ = jax.jit(stage.loss_fn)(stage.init(jax.random.key(0)), batch, jax.random.split(jax.random.key(1), 8))
+    assert batch["tokens"].shape == (8, 6) and np.isfinite(loss)
+
+
+def test_another_kind_of_prediction_than_the_start_had_is_said(model_folder, tmp_path):
+    recipe = diffusion_recipe(model_folder)
+    recipe.model.init_from = str(model_folder)
+    take_networks_of(load(model_folder), recipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        staged(recipe, tmp_path)
+    recipe.diffusion.prediction = "eps"
+    with pytest.warns(UserWarning, match=r"trained with diffusion\.prediction='v', the recipe says 'eps'"):
+        staged(recipe, tmp_path)
+    recipe.diffusion.noise = "gausian"
+    with pytest.raises(ValueError, match=r"diffusion\.noise='gausian': choose one of gaussian"):
+        staged(recipe, tmp_path)
+
+
 def test_a_start_without_text_is_refused_where_text_is_to_be_trained(model_folder, tmp_path):
     theirs = load(model_folder)
     components = {name: part for name, part in theirs.components.items() if name != "text_encoder"}
@@ -111,15 +145,34 @@ def test_a_start_without_text_is_refused_where_text_is_to_be_trained(model_folde
     dataclasses.replace(theirs, components=components, params=params, tokenizer=None).save_pretrained(tmp_path / "mute")
     recipe = diffusion_recipe(model_folder)
     recipe.model.init_from = str(tmp_path / "mute")
+    take_networks_of(theirs, recipe)
     with pytest.raises(ValueError, match="holds no text_encoder: give a model that has one"):
         staged(recipe, tmp_path)
+    dataclasses.replace(theirs, tokenizer=None).save_pretrained(tmp_path / "wordless")
+    recipe.model.init_from = str(tmp_path / "wordless")
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
+        staged(recipe, tmp_path)
+
+
+def test_a_first_run_on_a_folder_builds_its_cache_and_its_words(model_folder, tmp_path):
+    """The tokenizer learns from the captions that the cache, which is not there yet, will hold."""
+    frames = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3)).astype(np.uint8)
+    (tmp_path / "clips").mkdir()
+    for name in ("one", "two"):
+        Clip(frames, 8.0).save(tmp_path / "clips" / f"{name}.mp4")
+        (tmp_path / "clips" / f"{name}.txt").write_text(f"clip {name}")
+    recipe = diffusion_recipe(model_folder)
+    recipe.data.update(folder=str(tmp_path / "clips"), latent_cache=str(tmp_path / "latents"), native_fps=8.0)
+    stage = staged(recipe, tmp_path, source="folder")
+    assert next(stage.batches_from(0))["latents"].shape == (8, 2, 8, 8, 2)
+    assert (tmp_path / "latents" / "index.json").is_file()
 
 
 @pytest.mark.filterwarnings("ignore:the prompt")  # the tiny encoder knows few words
 def test_a_pretrained_text_encoder_stays_frozen_and_is_saved_along(model_folder, tmp_path, monkeypatch):
-    golden = load_bert(Path(__file__).parent / "golden" / "tiny_bert")
-    monkeypatch.setattr(transformers, "load_minilm", lambda: golden)
-    encoder, weights, tokenizer = golden
+    encoder, weights, tokenizer = load_bert(Path(__file__).parent / "golden" / "tiny_bert")
+    monkeypatch.setattr(transformers, "load_minilm", lambda: (encoder, weights, tokenizer))
+    monkeypatch.setattr(TextEncoderConfig, "minilm", lambda: encoder.config)
     recipe = diffusion_recipe(model_folder)
     recipe.model.text = "minilm"
     recipe.data.context_length = 8

@@ -66,6 +66,7 @@ class DiffusionConfig:
     prompt_dropout: share of clips whose prompt is replaced by the empty one, so that guidance is trained.
     context_prompt_dropout: the same for clips of which something is known: to go on, fill in and repair is often asked
         without any words.
+    log_bins: number of log-SNR bins in which the loss is logged.
     """
 
     schedule: str = "cosine"

@@ -10,6 +10,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +25,13 @@ from vdiff_jax.data.tokenizer import Tokenizer
 from vdiff_jax.data.transforms import to_uint8
 from vdiff_jax.data.video_io import contact_sheet, save_image
 from vdiff_jax.diffusion.loss import weight
+from vdiff_jax.diffusion.noise import NOISE_KINDS
 from vdiff_jax.diffusion.prediction import check_kind
 from vdiff_jax.diffusion.schedule import make_schedule
+from vdiff_jax.interop import transformers
 from vdiff_jax.measures import channel_weights, latent_statistics, linear_path_start
 from vdiff_jax.models.autoencoder import latents_from_moments, sample_moments
+from vdiff_jax.models.text_encoder import TextEncoderConfig
 from vdiff_jax.pipeline import Settings, VideoDiffusion, load
 from vdiff_jax.recipe import (
     DataConfig,
@@ -39,6 +43,7 @@ from vdiff_jax.recipe import (
     diffusion_config,
     section,
 )
+from vdiff_jax.starting_point import VOCABULARY_FIELDS, starting_point, warn_of_another_process
 from vdiff_jax.streams import make_stream
 from vdiff_jax.training.autoencoder_loss import AutoencoderLossConfig, make_autoencoder_loss
 from vdiff_jax.training.diffusion_objective import make_diffusion_loss, predictor
@@ -80,8 +85,7 @@ def make_stage(recipe: Recipe, mesh: Mesh, workdir: Path) -> Stage:
 def _autoencoder_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Path) -> Stage:
     component = make_component("autoencoder", recipe.model.autoencoder.to_dict())
     stream = make_stream(data, seed=recipe.seed, tokenizer=None)
-    start = _starting_point(recipe, "autoencoder")
-    _check_same_network(recipe, start, component)
+    start = starting_point(recipe, data, component)
 
     def encode_moments(params: Params, video: Array) -> Array:
         return component.apply(params, video, method="encode_moments")
@@ -130,33 +134,6 @@ def _autoencoder_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Pa
     return Stage(init, loss_fn, batches, on_sample, finish, stream.left_out, stream.unread)
 
 
-COMPUTE_FIELDS = ("dtype", "remat", "attention_implementation", "latent_mean", "latent_std")
-
-
-def _starting_point(recipe: Recipe, *names: str) -> VideoDiffusion | None:
-    """The model `model.init_from` names, if any. Raises ValueError if one of the components `names` is not in it."""
-    if not recipe.model.init_from:
-        return None
-    start = load(recipe.model.init_from)
-    for name in names:
-        if name not in start.components:
-            raise ValueError(f"model.init_from={recipe.model.init_from} holds no {name}: give a model that has one")
-    return start
-
-
-def _check_same_network(recipe: Recipe, start: VideoDiffusion | None, component: Component) -> None:
-    """Raises ValueError if the weights of `start` do not fit the recipe's `component`, naming the field."""
-    if start is None:
-        return
-    theirs, ours = start.components[component.name].config_dict(), component.config_dict()
-    for field in sorted(set(ours) - set(COMPUTE_FIELDS)):
-        if ours[field] != theirs[field]:
-            raise ValueError(
-                f"model.init_from={recipe.model.init_from} has model.{component.name}.{field}={theirs[field]}, the "
-                f"recipe {ours[field]}: its weights fit only the same network"
-            )
-
-
 def _diffusion_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Path) -> Stage:
     diffusion, mixture = diffusion_config(recipe)
     schedule = make_schedule(diffusion.schedule, **diffusion.schedule_settings)
@@ -167,15 +144,18 @@ def _diffusion_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Path
         raise ValueError("model.autoencoder_from is empty: train an autoencoder first and give its run folder")
     base = load(recipe.model.autoencoder_from)
     autoencoder, autoencoder_params = base.components["autoencoder"], base.params["autoencoder"]
-    start = _starting_point(recipe, "unet", *(["text_encoder"] if recipe.model.text == "joint" else []))
-    text, text_params, tokenizer = _text_encoder(recipe, data, start)
+    text_settings = _text_settings(recipe)
     unet_settings = recipe.model.unet.to_dict() | {"latent_channels": autoencoder.config.latent_channels}
-    unet = make_component("unet", unet_settings | {"text_features": text.config.features if text else None})
-    _check_same_network(recipe, start, unet)
+    unet = make_component("unet", unet_settings | {"text_features": text_settings.get("features")})
+    text_networks = [make_component("text_encoder", text_settings)] if text_settings else []
+    start = starting_point(recipe, data, unet, *text_networks)
     digest = base.component_digest("autoencoder")
+    if start is not None:
+        warn_of_another_process(recipe, start, digest)
     if data.latent_cache:
         _fill_latent_cache(data, autoencoder, autoencoder_params, digest)
 
+    text, text_params, tokenizer = _text_encoder(recipe, data, start)
     trainable = {"unet": unet} | ({"text_encoder": text} if text and text_params is None else {})
 
     def init(key: Array) -> Params:
@@ -251,6 +231,8 @@ def _check_objective(diffusion: DiffusionConfig) -> None:
     """Whatever can be wrong with the loss is said before any data is read."""
     if diffusion.channel_weighting not in ("equal", "pixels"):
         raise ValueError(f"diffusion.channel_weighting={diffusion.channel_weighting!r}: choose equal or pixels")
+    if diffusion.noise not in NOISE_KINDS:
+        raise ValueError(f"diffusion.noise={diffusion.noise!r}: choose one of {', '.join(NOISE_KINDS)}")
     if unknown := sorted(set(diffusion.weighting_settings) - {"bias", "gamma"}):
         raise ValueError(f"diffusion.weighting_settings has no {', '.join(unknown)}: it takes bias and gamma")
     weight(diffusion.weighting, jnp.zeros(()))
@@ -273,29 +255,33 @@ def _settings(data: DataConfig, diffusion: DiffusionConfig, sample: SampleConfig
     )
 
 
+def _text_settings(recipe: Recipe) -> dict[str, Any]:
+    """The fields of the text encoder as far as they are known before any caption is read; empty without one."""
+    kinds = {
+        "joint": recipe.model.text_encoder.to_dict(),
+        "minilm": dataclasses.asdict(TextEncoderConfig.minilm()),
+        "none": {},
+    }
+    if recipe.model.text not in kinds:
+        raise ValueError(f"model.text={recipe.model.text!r}: choose {', '.join(kinds)}")
+    return kinds[recipe.model.text]
+
+
 def _text_encoder(
     recipe: Recipe, data: DataConfig, start: VideoDiffusion | None
 ) -> tuple[Component | None, Params | None, Tokenizer | None]:
     """(component, frozen params or None if trained, tokenizer)."""
-    kind = recipe.model.text
-    if kind == "none":
+    if recipe.model.text == "none":
         return None, None, None
-    if kind == "minilm":
-        from vdiff_jax.interop.transformers import load_minilm
-
-        component, params, tokenizer = load_minilm()
-        return component, params, tokenizer
-    if kind != "joint":
-        raise ValueError(f"model.text={kind!r}: choose joint, minilm or none")
-    if start is not None and start.tokenizer is not None:  # its words are those its weights know
-        tokenizer = start.tokenizer
+    if recipe.model.text == "minilm":
+        return transformers.load_minilm()
+    if start is not None:  # its words are those its weights know
+        known = start.components["text_encoder"].config_dict()
+        vocabulary, tokenizer = {name: known[name] for name in VOCABULARY_FIELDS}, start.tokenizer
     else:
         tokenizer = make_stream(data, seed=recipe.seed, tokenizer=None).fit_tokenizer()
-    settings = recipe.model.text_encoder.to_dict()
-    settings |= {"vocab_size": tokenizer.vocab_size, "context_length": data.context_length}
-    text = make_component("text_encoder", settings)
-    _check_same_network(recipe, start, text)
-    return text, None, tokenizer
+        vocabulary = {"vocab_size": tokenizer.vocab_size, "context_length": data.context_length}
+    return make_component("text_encoder", _text_settings(recipe) | vocabulary), None, tokenizer
 
 
 def _null_prompt(text, text_params, tokenizer, data: DataConfig) -> tuple[Array, Array] | None:

@@ -113,7 +113,7 @@ def diffusion_loss(
     gamma: float = 5.0,
     channel_weights: Array | None = None,
 ) -> DiffusionLoss:
-    """Loss of every sample, and its unweighted noise error for the record.
+    """Loss of every sample, and the unweighted noise error for the record, by sample and by frame.
 
     Args:
         prediction: `[b f h w c]` network output of prediction kind `kind`.
@@ -124,7 +124,7 @@ def diffusion_loss(
     Raises:
         ValueError: the network changed the shape of its input.
     Returns:
-        Means over unknown tokens and channels.
+        Means over unknown tokens and channels, and the share of such tokens, see `DiffusionLoss`.
     """
     if prediction.shape != z.shape:
         raise ValueError(f"prediction has shape {prediction.shape} but z has {z.shape}; a network keeps the shape.")

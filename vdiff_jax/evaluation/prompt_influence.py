@@ -35,7 +35,7 @@ def influence(ev: Evaluation) -> dict[str, Any]:
     error: dict[str, dict[float, list[float]]] = {name: {level: [] for level in LEVELS} for name in prompts}
     for index in ev.batches(ev.num_clips):
         latents = jnp.asarray(ev.model.encode(ev.video(records, index, ev.num_frames)))
-        eps = draw_noise(ev.keys("iid", index), latents.shape[1:])
+        eps = draw_noise(ev.keys("iid", index), latents.shape[1:], ev.model.settings.noise)
         real = len(set(index))
         for level in LEVELS:
             logsnr = jnp.full(latents.shape[:2], level)

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vdiff_jax.diffusion.noise import draw_noise
+from vdiff_jax.diffusion.noise import NOISE_KINDS, draw_noise
 from vdiff_jax.diffusion.process import EXTREME_LOGSNR, add_noise, alpha_sigma, expand, from_vp, to_vp
 from vdiff_jax.sampling.job import CONTEXT_STREAM, STEP_STREAM, stream
 from vdiff_jax.types import Array, DenoiseFn, Job, Known, Latents, LogSNR
@@ -42,7 +42,9 @@ class Sampler:
     process: "vp", "flow" or "edm", the scale in which the step is written. Results are equal to rounding.
     corrector: repeat each step with the estimate at its end (deterministic sampling only; ignored where eta > 0).
     trace: also return every clean estimate.
-    noise_kind: law of the context and step noise, see `diffusion.noise`: the one the network was trained on.
+    noise_kind: law of the context noise and of each step's noise, see `diffusion.noise`: the one the network was
+        trained on. The two are drawn apart from each other and from the noise the plan starts in; what "correlated"
+        and "offset" noise share over frames, they share within each draw only.
     """
 
     eta: float | Array = 0.0
@@ -55,6 +57,8 @@ class Sampler:
     def __post_init__(self):
         if self.order not in (1, 2):
             raise ValueError(f"sampler order {self.order} must be 1 or 2; order 3 is order 2 with the corrector.")
+        if self.noise_kind not in NOISE_KINDS:
+            raise ValueError(f"noise kind {self.noise_kind!r} is unknown; use one of {', '.join(NOISE_KINDS)}.")
 
 
 jax.tree_util.register_dataclass(

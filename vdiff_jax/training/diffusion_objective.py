@@ -44,6 +44,10 @@ def make_diffusion_loss(
     (tokens or features [n ...], mask [n]) that replaces a dropped prompt. prompt_dropout: share of clips with nothing
     known that lose their prompt; context_prompt_dropout: of those with something known. channel_weights: `[c]`, see
     `diffusion.loss`.
+
+    metrics: `eps_loss`, the mean over clips of the unweighted noise error; the same as sums and counts by pattern row
+    (of clips) and by level, in `log_bins` equal bins of log-SNR. By level every frame counts for itself, by the share
+    of its tokens that is unknown.
     """
     # A zero-terminal-SNR table starts at -inf; its bins start where the process is noise for all purposes.
     edges = jnp.linspace(max(schedule.logsnr_min, -20.0), min(schedule.logsnr_max, 20.0), log_bins + 1)
