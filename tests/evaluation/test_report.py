@@ -32,7 +32,9 @@ def every_scene():
 class TrueModel:
     """Its latents are pixels. It draws what the prompt says, and completes a clip by `fill(latents, known [b f])`."""
 
-    settings = SimpleNamespace(size=32, num_frames=16, steps=25, guidance_scale=3.0, sampler="dpmpp_2m", noise="gaussian")
+    settings = SimpleNamespace(
+        size=32, num_frames=16, steps=25, guidance_scale=3.0, sampler="dpmpp_2m", noise="gaussian"
+    )
     digest = "true"
 
     def __init__(self, fill=lambda latents, known: latents, follow=True):
