@@ -175,8 +175,8 @@ def test_the_linear_path_is_linear_in_what_is_shown_and_set_by_the_frame():
 
 def test_a_network_with_every_option_starts_silent_and_hears_its_linear_path():
     config = dataclasses.replace(SMALL, nearest_known=True, linear_path=True)
-    init, apply = functional(lambda: VideoUNet(config))
-    params = jax.jit(init)(jax.random.key(0))
+    init, apply = map(jax.jit, functional(lambda: VideoUNet(config)))
+    params = init(jax.random.key(0))
     z, logsnr, mask, context, cond = inputs()
     mask = mask.copy()
     mask[:, 0] = 1.0
