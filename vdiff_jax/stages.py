@@ -84,8 +84,8 @@ def make_stage(recipe: Recipe, mesh: Mesh, workdir: Path) -> Stage:
 
 def _autoencoder_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Path) -> Stage:
     component = make_component("autoencoder", recipe.model.autoencoder.to_dict())
-    stream = make_stream(data, seed=recipe.seed, tokenizer=None)
     start = starting_point(recipe, data, component)
+    stream = make_stream(data, seed=recipe.seed, tokenizer=None)
 
     def encode_moments(params: Params, video: Array) -> Array:
         return component.apply(params, video, method="encode_moments")

@@ -9,7 +9,7 @@ from vdiff_jax.pipeline import VideoDiffusion, load
 from vdiff_jax.recipe import DataConfig, Recipe
 
 FREE_FIELDS = ("dtype", "remat", "attention_implementation", "latent_mean", "latent_std")
-"""Fields that may differ: weights of one compute type or memory policy fit any other."""
+"""Fields that may differ: weights of one compute type or memory policy fit any other, statistics are measured anew."""
 VOCABULARY_FIELDS = ("vocab_size", "context_length")
 """Fields a text encoder takes over from the start, whose words its weights know."""
 
@@ -18,8 +18,8 @@ def starting_point(recipe: Recipe, data: DataConfig, *networks: Component) -> Vi
     """The model that `model.init_from` names, or None if it names none.
 
     networks: what the recipe trains, or reads prompts with; the model must hold the same ones.
-    Raises ValueError if one is missing or another network, naming the first field that differs, or if prompts are to
-    be longer than its text encoder knows. Reads no data.
+    Raises FileNotFoundError if there is no such model; ValueError if a network is missing or another one, naming the
+    first field that differs, or if prompts are to be longer than its text encoder knows. Reads no data.
     """
     name = recipe.model.init_from
     if not name:
