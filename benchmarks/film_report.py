@@ -74,7 +74,7 @@ def main(_: list[str]) -> int:
     windows = np.stack([shot[start : start + length] for shot, start in starts])
     answers = predict(model, windows)
     report["windows"] = len(windows)
-    report["prediction_psnr"] = {name: scores(frames, windows) for name, frames in answers.items()}
+    report["prediction_psnr"] = {name: scores(frames, windows, _KNOWN.value) for name, frames in answers.items()}
     for name, values in report["prediction_psnr"].items():
         ahead = "  ".join(f"+{index + 1}: {value:.2f}" for index, value in enumerate(values["ahead"]))
         print(f"{name:22s} mean {values['mean']:.2f} dB   {ahead}   pooled {values['pooled']:.2f}", file=sys.stderr)
@@ -135,24 +135,26 @@ def predict(model: VideoDiffusion, windows: np.ndarray) -> dict[str, np.ndarray]
     }
 
 
-def scores(frames: np.ndarray, windows: np.ndarray) -> dict[str, Any]:
-    """mean: PSNR over windows and frames; ahead: by distance; pooled: PSNR of the error over all windows at once;
+def scores(frames: np.ndarray, windows: np.ndarray, known: int) -> dict[str, Any]:
+    """How near the answers `[n ahead h w 3]` are to windows u8 `[n known+ahead h w 3]`, in dB.
+
+    mean: PSNR over windows and frames; ahead: by distance; pooled: PSNR of the error over all windows at once;
     wins: share of windows better than repeating the last frame; moving, still: the same of either half, see
-    `moving_half`; without those halves where nothing given can move."""
-    known = _KNOWN.value
+    `moving_half`; without those halves where nothing given can move.
+    """
     truth, last = windows[:, known:].astype(np.float32), windows[:, known - 1 : known].astype(np.float32)
     error = np.square(frames.astype(np.float32) - truth).mean(axis=(2, 3, 4))
     rival = np.square(last - truth).mean(axis=(2, 3, 4))
     parts = {}
     if known > 1 and len(windows) > 1:
-        moving = moving_half(windows)
+        moving = moving_half(windows, known)
         parts = {name: _summary(error[rows], rival[rows]) for name, rows in (("moving", moving), ("still", ~moving))}
     return {**_summary(error, rival), "ahead": _decibels(error).mean(axis=0).tolist(), **parts}
 
 
-def moving_half(windows: np.ndarray) -> np.ndarray:
+def moving_half(windows: np.ndarray, known: int) -> np.ndarray:
     """`[n]` bool: the half of the windows whose last two given frames differ most. What follows plays no part."""
-    before, last = (windows[:, _KNOWN.value - back].astype(np.float32) for back in (2, 1))
+    before, last = (windows[:, known - back].astype(np.float32) for back in (2, 1))
     change = np.square(last - before).mean(axis=(1, 2, 3))
     return np.argsort(np.argsort(change, kind="stable"), kind="stable") >= len(change) // 2
 
