@@ -49,7 +49,7 @@ class TfdsSource:
                 f"the data set {name or folder} has a feature that only TensorFlow decodes ({error}); install "
                 "tensorflow-cpu, or store the clips as Tensor or Image features"
             ) from error
-        except NotImplementedError as error:
+        except NotImplementedError as error:  # how TFDS says that a file format has no random access
             raise ValueError(
                 f"the data set {name or folder} is not stored as array_record, so it has no random access; prepare it "
                 "with file_format='array_record'"
