@@ -26,13 +26,22 @@ from vdiff_jax.components import Component, make_component, make_config
 from vdiff_jax.data.tokenizer import Tokenizer
 from vdiff_jax.data.transforms import to_uint8, to_video
 from vdiff_jax.data.video_io import Clip
-from vdiff_jax.diffusion.prediction import to_x0
 from vdiff_jax.diffusion.schedule import make_schedule
 from vdiff_jax.interop import pretrained
-from vdiff_jax.sampling.guidance import classifier_free, make_denoise_fn
+from vdiff_jax.sampling.guidance import Guidance, make_denoise_fn
 from vdiff_jax.sampling.job import nothing_known, text_to_video_job
-from vdiff_jax.sampling.samplers import make_sampler, sample
-from vdiff_jax.types import Array, Conditioning, Known, Latents, LogSNR, Params
+from vdiff_jax.sampling.samplers import Sampler, make_sampler, sample
+from vdiff_jax.types import (
+    Array,
+    Conditioning,
+    DenoiseFn,
+    DenoiserWrapper,
+    Known,
+    Latents,
+    LogSNR,
+    Params,
+    Video,
+)
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -210,24 +219,52 @@ class VideoDiffusion:
         The other arguments are those of `SamplingOptions`.
         """
         self._unet()
-        settings = self.settings
-        steps = settings.steps if steps is None else steps
-        scale = settings.guidance_scale if guidance_scale is None else guidance_scale
+        cond = self.condition(prompts, times, known.latents.shape)
+        job = text_to_video_job(keys, known.latents.shape, self.schedule, self.steps(steps), cond, self.settings.noise)
+        job = dataclasses.replace(job, known=known)
+        wrappers = self.guidance(cond, negative_prompt, guidance_scale, guidance_interval, guidance_rescale)
+        return self.run(sample, job, self.sampler(sampler, eta), keys, wrappers=wrappers)
+
+    def steps(self, steps: int | None) -> int:
+        """The number of denoising steps, the model's own for None. Raises ValueError below 1."""
+        steps = self.settings.steps if steps is None else steps
         if steps < 1:
             raise ValueError(f"steps={steps}: it must be at least 1")
-        cond = self._conditioning(prompts, times, known.latents.shape)
-        uncond = (
-            None
-            if cond.text is None
-            else self._conditioning([negative_prompt] * len(cond.text), times, known.latents.shape)
-        )
-        job = text_to_video_job(keys, known.latents.shape, self.schedule, steps, cond, settings.noise)
-        job = dataclasses.replace(job, known=known)
-        run = self._sample_fn(guided=uncond is not None and scale != 1.0, rescale=guidance_rescale > 0)
-        low, high = (-jnp.inf, jnp.inf) if guidance_interval is None else guidance_interval
-        guidance = jnp.asarray([scale, low, high, guidance_rescale], jnp.float32)
-        how = make_sampler(sampler or settings.sampler, eta, noise_kind=settings.noise)
-        return run(self.params["unet"], job, how, uncond, guidance, keys)
+        return steps
+
+    def sampler(self, name: str | None = None, eta: float | None = None) -> Sampler:
+        """A sampler by name, the model's own for None, with the noise the model was trained on."""
+        return make_sampler(name or self.settings.sampler, eta, noise_kind=self.settings.noise)
+
+    def guidance(
+        self,
+        cond: Conditioning,
+        negative_prompt: str = "",
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float = 0.0,
+    ) -> tuple[Guidance, ...]:
+        """Classifier-free guidance away from `negative_prompt` as wrappers for `run`; empty where it is off."""
+        scale = self.settings.guidance_scale if guidance_scale is None else guidance_scale
+        if cond.text is None or scale == 1.0:
+            return ()
+        uncond = self.condition([negative_prompt] * len(cond.text), cond.times, cond.times.shape)
+        low, high = (-np.inf, np.inf) if guidance_interval is None else guidance_interval
+        numbers = [jnp.float32(value) for value in (scale, low, high)]
+        return (Guidance(uncond, *numbers, jnp.float32(guidance_rescale) if guidance_rescale > 0 else None),)
+
+    def run(
+        self, program: Callable[..., Any], *args: Any, wrappers: tuple[DenoiserWrapper, ...] = (), **static: Any
+    ) -> Any:
+        """`program(denoise_fn, *args, **static)`, compiled once for all arguments of the same shapes.
+
+        program: a function of a module (`sampling.sample`, `sampling.ddpm_inversion`, ...), not made anew for the call.
+        wrappers: applied to the network's denoiser in turn, the last one outermost.
+        static: hashable settings that choose what is compiled.
+        """
+        self._unet()
+        params = {name: self.params[name] for name in ("unet", "autoencoder") if name in self.params}
+        return self._run(program, tuple(sorted(static.items())), params, args, wrappers)
 
     def estimate(
         self, z: Latents, logsnr: LogSNR, prompts: Sequence[str] | None = None, *, times: Array | None = None
@@ -237,8 +274,8 @@ class VideoDiffusion:
         z: noisy latents on the variance-preserving scale, `alpha x0 + sigma eps`. logsnr: their level, `[b f]`.
         prompts, times: as in `complete`.
         """
-        cond = self._conditioning(prompts, times, z.shape)
-        return self._estimate(self.params["unet"], z, logsnr, nothing_known(z.shape), cond)
+        cond = self.condition(prompts, times, z.shape)
+        return self.run(estimate, z, logsnr, nothing_known(z.shape), cond)
 
     def _unet(self) -> Component:
         if "unet" not in self.components:
@@ -287,8 +324,9 @@ class VideoDiffusion:
     def schedule(self) -> Any:
         return make_schedule(self.settings.schedule, **self.settings.schedule_settings)
 
-    def _conditioning(self, prompts: Sequence[str] | None, times: Array | None, shape: tuple[int, ...]) -> Conditioning:
-        """prompts: one per clip, None = empty. times: `[f]` or `[b f]`, None = 0, 1, 2, ... shape: `(b, f, ...)`."""
+    def condition(self, prompts: Sequence[str] | None, times: Array | None, shape: tuple[int, ...]) -> Conditioning:
+        """What the network is told: prompts, one per clip (None = empty ones), and time stamps `[f]` or `[b f]`
+        (None = 0, 1, 2, ...). shape: `(b, f, ...)` of the latents."""
         times = jnp.arange(shape[1], dtype=jnp.float32) if times is None else jnp.asarray(times, jnp.float32)
         times = jnp.broadcast_to(times if times.ndim == 2 else times[None], shape[:2])
         if "text_encoder" not in self.components:
@@ -298,15 +336,18 @@ class VideoDiffusion:
         return Conditioning(*self.encode_prompts([""] * shape[0] if prompts is None else prompts), times)
 
     @functools.cached_property
-    def _estimate(self) -> Callable[..., Latents]:
+    def _run(self) -> Callable[..., Any]:
         unet, kind = self.components["unet"], self.settings.prediction
+        decode = self.components["autoencoder"].apply if "autoencoder" in self.components else None
 
-        @jax.jit
-        def estimate(params: Params, z: Latents, logsnr: LogSNR, known: Known, cond: Conditioning) -> Latents:
-            prediction = unet.apply(params, z, logsnr, known.mask, known.logsnr, cond)
-            return to_x0(kind, prediction, z, logsnr)
+        def run(program, static, params, args, wrappers):
+            denoise_fn = make_denoise_fn(unet.apply, params["unet"], kind)
+            decode_fn = None if decode is None else functools.partial(_decode_frames, decode, params["autoencoder"])
+            for wrapper in wrappers:
+                denoise_fn = wrapper.wrap(denoise_fn, decode_fn)
+            return program(denoise_fn, *args, **dict(static))
 
-        return estimate
+        return jax.jit(run, static_argnums=(0, 1))
 
     @functools.cached_property
     def _encode(self) -> Callable[..., Array]:
@@ -318,34 +359,7 @@ class VideoDiffusion:
 
     @functools.cached_property
     def _decode(self) -> Callable[..., Array]:
-        apply = self.components["autoencoder"].apply
-
-        @jax.jit
-        def decode(params: Params, latents: Latents) -> Array:
-            # The decoder works frame by frame, so a map over frames is exact and bounds the memory.
-            frames = jnp.moveaxis(latents, 1, 0)[:, :, None]
-            video = jax.lax.map(lambda frame: apply(params, frame, method="decode"), frames)
-            return jnp.moveaxis(video[:, :, 0], 0, 1)
-
-        return decode
-
-    def _sample_fn(self, guided: bool, rescale: bool) -> Callable[..., Latents]:
-        cache = self.__dict__.setdefault("_sample_fns", {})
-        if (guided, rescale) not in cache:
-            unet, kind = self.components["unet"], self.settings.prediction
-
-            @jax.jit
-            def run(params, job, sampler, uncond, guidance, keys):
-                scale, low, high, strength = guidance
-                denoise = make_denoise_fn(unet.apply, params, kind)
-                if guided:
-                    denoise = classifier_free(
-                        denoise, uncond, scale, interval=(low, high), rescale=strength if rescale else 0.0
-                    )
-                return sample(denoise, job, sampler, keys)
-
-            cache[guided, rescale] = run
-        return cache[guided, rescale]
+        return jax.jit(functools.partial(_decode_frames, self.components["autoencoder"].apply))
 
     def _latent_size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
         height, width = (size, size) if isinstance(size, int) else size or (self.settings.size, self.settings.size)
@@ -389,6 +403,21 @@ def load(name: str | Path) -> VideoDiffusion:
     tokenizer = Tokenizer.load(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else None
     settings = make_config(Settings, config["settings"], "settings")
     return VideoDiffusion(components, jax.tree.map(jnp.asarray, params), tokenizer, settings)
+
+
+def estimate(denoise_fn: DenoiseFn, z: Latents, logsnr: LogSNR, known: Known, cond: Any) -> Latents:
+    """One call of a denoiser, as a program of `VideoDiffusion.run`."""
+    return denoise_fn(z, logsnr, known, cond, next_logsnr=logsnr, keys=jax.random.split(jax.random.key(0), len(z)))
+
+
+def _decode_frames(apply: Callable[..., Video], params: Params, latents: Latents) -> Video:
+    """Final latents `[b f h w c]` -> video `[b f H W 3]`, one frame at a time.
+
+    The decoder works frame by frame, so a map over frames is exact and bounds the memory, also of its gradient.
+    """
+    frames = jnp.moveaxis(latents, 1, 0)[:, :, None]
+    decode = jax.checkpoint(lambda frame: apply(params, frame, method="decode"))
+    return jnp.moveaxis(jax.lax.map(decode, frames)[:, :, 0], 0, 1)
 
 
 def _find(name: str | Path) -> Path:

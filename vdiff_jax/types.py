@@ -17,6 +17,7 @@ The noise level is `logsnr = 2 log(alpha / sigma)`, one number per frame, `[b f]
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias, dataclass_transform
 
 import jax
@@ -42,12 +43,21 @@ Batch: TypeAlias = dict[str, Array]
 
 
 @dataclass_transform(frozen_default=True)
-def _struct(cls):
-    """Frozen dataclass whose fields are all pytree children."""
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+def struct(cls):
+    """Frozen dataclass that is a pytree: all fields are children, but for those made by `static(default)`."""
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    names: dict[bool, list[str]] = {True: [], False: []}
+    for field in dataclasses.fields(cls):
+        names[bool(field.metadata.get("static"))].append(field.name)
+    return jax.tree_util.register_dataclass(cls, data_fields=names[False], meta_fields=names[True])
 
 
-@_struct
+def static(default: Any) -> Any:
+    """A field of a `struct` that chooses what is compiled: hashable, not traced."""
+    return dataclasses.field(default=default, metadata={"static": True})
+
+
+@struct
 class Conditioning:
     """What the network is told beside the noisy latents.
 
@@ -62,7 +72,7 @@ class Conditioning:
     times: Float[Array, "b f"]
 
 
-@_struct
+@struct
 class Known:
     """What is given inside the window.
 
@@ -76,7 +86,7 @@ class Known:
     logsnr: LogSNR
 
 
-@_struct
+@struct
 class Job:
     """A task as data for the one scan: `sampling.sample(denoise_fn, job, sampler, keys)`.
 
@@ -120,3 +130,17 @@ class DenoiseFn(Protocol):
     def __call__(
         self, z: Latents, logsnr: LogSNR, known: Known, cond: Any, *, next_logsnr: LogSNR, keys: Array
     ) -> Latents: ...
+
+
+DecodeFn: TypeAlias = Callable[[Latents], Video]
+"""Final latents `[b f h w c]` -> video `[b f H W 3]` f32, differentiable, nominally -1..1."""
+
+
+class DenoiserWrapper(Protocol):
+    """A change of the denoiser as data: guidance, restoration, an edit, a style.
+
+    Implementations are `struct`s, so that one compiled function takes them as arguments: other values of the same
+    shapes do not compile again.
+    """
+
+    def wrap(self, denoise_fn: DenoiseFn, decode_fn: DecodeFn | None = None) -> DenoiseFn: ...

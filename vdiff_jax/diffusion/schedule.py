@@ -275,11 +275,11 @@ class DiscreteTable:
         return np.append(levels, np.inf if final == "clean" else self.table[0])
 
 
-def grid(schedule: Schedule, steps: int) -> Array:
-    """Levels `[steps + 1]` from noise to clean, equally spaced in u from 1 to 0."""
+def grid(schedule: Schedule, steps: int, start: float | Array = 1.0) -> Array:
+    """Levels `[steps + 1]` from noise to clean, equally spaced in u from `start` (1 = pure noise) to 0."""
     if steps < 1:
         raise ValueError(f"steps {steps} must be at least 1.")
-    return schedule.logsnr(jnp.linspace(1.0, 0.0, steps + 1))
+    return schedule.logsnr(start * jnp.linspace(1.0, 0.0, steps + 1))
 
 
 def shift_for_resolution(height: int, base: int = 16) -> float:

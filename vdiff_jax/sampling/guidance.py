@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from vdiff_jax.diffusion.prediction import KINDS, to_x0
 from vdiff_jax.diffusion.process import scales
-from vdiff_jax.types import Array, DenoiseFn, Known, Latents, LogSNR, Params, PredictFn
+from vdiff_jax.types import Array, DecodeFn, DenoiseFn, Known, Latents, LogSNR, Params, PredictFn, struct
 
 
 def make_denoise_fn(predict_fn: PredictFn, params: Params, kind: str) -> DenoiseFn:
@@ -78,6 +78,25 @@ def classifier_free(
         return jnp.where(unknown, x0_hat, known.latents)
 
     return guided
+
+
+@struct
+class Guidance:
+    """`classifier_free` as a `DenoiserWrapper`; arguments as there.
+
+    uncond: conditioning of the null (or negative) prompt. guidance_scale: scalar or `[b]`. low, high: log-SNR between
+    which guidance acts. rescale: 0..1, or None to leave its arithmetic out.
+    """
+
+    uncond: Any
+    guidance_scale: Any
+    low: Any = -jnp.inf
+    high: Any = jnp.inf
+    rescale: Any = None
+
+    def wrap(self, denoise_fn: DenoiseFn, decode_fn: DecodeFn | None = None) -> DenoiseFn:
+        rescale = 0.0 if self.rescale is None else self.rescale
+        return classifier_free(denoise_fn, self.uncond, self.guidance_scale, (self.low, self.high), rescale)
 
 
 def _deviation(x: Latents, where: Array) -> Array:

@@ -77,9 +77,9 @@ def _frame_selection(frames: Any, num_frames: int) -> Array:
 # Plans -----------------------------------------------------------------------------------------------------------
 
 
-def uniform_plan(schedule: Schedule, steps: int, batch: int, num_frames: int) -> Array:
-    """All frames at one level, `[steps+1 b f]`."""
-    return jnp.broadcast_to(grid(schedule, steps)[:, None, None], (steps + 1, batch, num_frames))
+def uniform_plan(schedule: Schedule, steps: int, batch: int, num_frames: int, start: float | Array = 1.0) -> Array:
+    """All frames at one level, `[steps+1 b f]`, from u = `start` (1 = pure noise) to clean."""
+    return jnp.broadcast_to(grid(schedule, steps, start)[:, None, None], (steps + 1, batch, num_frames))
 
 
 def staggered_plan(schedule: Schedule, steps: int, starts: Sequence[int] | np.ndarray, batch: int) -> Array:
