@@ -72,6 +72,7 @@ def main(_: list[str]) -> int:
             shardings,
             ema_decay=train.ema_decay,
             accumulation_steps=train.accumulation_steps,
+            frozen=stage.frozen,
         )
 
         # --- the loop, and the finished model

@@ -27,7 +27,10 @@ from vdiff_jax.data.tokenizer import Tokenizer
 from vdiff_jax.data.transforms import to_uint8, to_video
 from vdiff_jax.data.video_io import Clip
 from vdiff_jax.diffusion.schedule import make_schedule
+from vdiff_jax.interop import lora as lora_files
 from vdiff_jax.interop import pretrained
+from vdiff_jax.lora_model import apply_lora
+from vdiff_jax.models.lora import Lora
 from vdiff_jax.sampling.guidance import Guidance, make_denoise_fn
 from vdiff_jax.sampling.job import nothing_known, text_to_video_job
 from vdiff_jax.sampling.samplers import Sampler, make_sampler, sample
@@ -287,7 +290,22 @@ class VideoDiffusion:
         """The same model with some components' parameters replaced; compiled functions are shared, not made again."""
         other = copy.copy(self)
         other.__dict__.update(params={**self.params, **params})
-        other.__dict__.pop("digest", None)
+        for name in ("digest", "_lora_base"):  # they belong to the weights
+            other.__dict__.pop(name, None)
+        return other
+
+    def with_lora(self, lora: str | Path | Lora, scale: float = 1.0) -> VideoDiffusion:
+        """The model with a low-rank update merged in, `scale` times, and the words it brings; may be given several
+        in a row. Compiled functions are shared.
+
+        lora: a file or run folder of `train.py`, or what `interop.lora.load_lora` read. Warns if it was made for
+        another base model. Raises FileNotFoundError, or ValueError if the update does not fit or a word is known.
+        """
+        lora = lora if isinstance(lora, Lora) else lora_files.load_lora(lora)
+        base = self.__dict__.get("_lora_base") or {name: self.component_digest(name) for name in self.components}
+        components, params, tokenizer = apply_lora((self.components, self.params, self.tokenizer), lora, scale, base)
+        other = self.with_params(params)
+        other.__dict__.update(components=components, tokenizer=tokenizer, _lora_base=base)
         return other
 
     def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:
@@ -385,12 +403,15 @@ class VideoDiffusion:
 
 
 def load(name: str | Path) -> VideoDiffusion:
-    """A model by bundled name ("shapes"), run folder (of train.py) or saved folder.
+    """A model by bundled name ("shapes"), run folder (of train.py) or saved folder. One that holds a low-rank update
+    is loaded with the model it updates.
 
     Raises FileNotFoundError if there is no such model, ValueError if its files do not fit together.
     """
     folder = _find(name)
     config = pretrained.load_json(folder / "config.json")
+    if config.get("format") == lora_files.FORMAT:
+        return _load_personal(folder, config)
     if config.get("format") != pretrained.FORMAT:
         raise ValueError(
             f"{folder / 'config.json'} has format {config.get('format')!r}, expected {pretrained.FORMAT!r}"
@@ -418,6 +439,19 @@ def _decode_frames(apply: Callable[..., Video], params: Params, latents: Latents
     frames = jnp.moveaxis(latents, 1, 0)[:, :, None]
     decode = jax.checkpoint(lambda frame: apply(params, frame, method="decode"))
     return jnp.moveaxis(jax.lax.map(decode, frames)[:, :, 0], 0, 1)
+
+
+def _load_personal(folder: Path, config: dict[str, Any]) -> VideoDiffusion:
+    """A folder with an update only, and the name of the model it updates."""
+    try:
+        base = load(config["base"])
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{folder} holds a low-rank update of the model {config['base']!r}, which is not there: give it back its "
+            "place, or load it from where it is and use with_lora"
+        ) from error
+    settings = make_config(Settings, config["settings"], "settings")
+    return dataclasses.replace(base, settings=settings).with_lora(folder / lora_files.FILE_NAME)
 
 
 def _find(name: str | Path) -> Path:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from vdiff_jax.components import KINDS, make_config
 from vdiff_jax.diffusion.patterns import Mixture
+from vdiff_jax.models.lora import DEFAULT_TARGETS
 from vdiff_jax.training.autoencoder_loss import AutoencoderLossConfig
 from vdiff_jax.training.loop import LoopConfig
 from vdiff_jax.training.optimizer import OptimizerConfig
@@ -32,6 +33,8 @@ class DataConfig:
     strides, stride_weights: distance between the frames of a window, in native frames, and how often.
     context_length: tokens of a prompt; longer ones are cut.
     world, world_frames, world_overrides: which shapes world, its native clip length, and changed fields.
+    num_scenes, scenes_seed: with num_scenes above 0, the shapes world is so many clips, always the same for a seed,
+        each with its one caption, as if they were files; 0 = new scenes without end.
     captions_key, video_key: features of a TFDS dataset.
     num_workers: processes that decode; 0 uses threads. latent_cache: folder of encoded clips, or empty.
     """
@@ -49,6 +52,8 @@ class DataConfig:
     world: str = "small"
     world_frames: int = 16
     world_overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
+    num_scenes: int = 0
+    scenes_seed: int = 0
     video_key: str = "video"
     captions_key: str = "caption"
     num_workers: int = 0
@@ -79,6 +84,26 @@ class DiffusionConfig:
     prompt_dropout: float = 0.1
     context_prompt_dropout: float = 0.3
     log_bins: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Personalisation: only a low-rank update of the model `model.init_from` is trained, see `models.lora`.
+
+    rank: of the update; 0 = off, all weights are trained. alpha: the update counts `alpha / rank` times.
+    targets: regular expressions on dotted paths such as `unet.mid.res.film.kernel`.
+    new_words: words to be learned that the model's tokenizer lacks; "orange=yellow" starts from another word's
+        embedding, "orange" alone from the mean of all.
+    prior_share: share of each batch that shows what the model was trained on, so that the rest is not forgotten.
+    prior: where that comes from: fields of the data section that differ, as `dict(source="folder", folder="old")`.
+    """
+
+    rank: int = 0
+    alpha: float = 4.0
+    targets: tuple[str, ...] = DEFAULT_TARGETS
+    new_words: tuple[str, ...] = ()
+    prior_share: float = 0.0
+    prior: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +153,7 @@ def default_recipe(stage: str = "diffusion") -> Recipe:
     recipe.data = ConfigDict(dataclasses.asdict(DataConfig()))
     recipe.diffusion = ConfigDict(dataclasses.asdict(DiffusionConfig()))
     recipe.diffusion.mixture = ConfigDict(dataclasses.asdict(Mixture()))
+    recipe.lora = ConfigDict(dataclasses.asdict(LoraConfig()))
     recipe.loss = ConfigDict(dataclasses.asdict(AutoencoderLossConfig()))
     recipe.optimizer = ConfigDict(dataclasses.asdict(OptimizerConfig()))
     recipe.train = ConfigDict(dataclasses.asdict(TrainConfig()))
@@ -139,6 +165,7 @@ def default_recipe(stage: str = "diffusion") -> Recipe:
         recipe.data.world_overrides,
         recipe.diffusion.schedule_settings,
         recipe.diffusion.weighting_settings,
+        recipe.lora.prior,
     ):
         free.unlock()  # checked where they are used, their keys depend on a name
     return recipe
@@ -152,7 +179,11 @@ def check_stage(stage: str) -> None:
 
 def data_config(recipe: Recipe) -> DataConfig:
     """Raises ValueError for a value that cannot work."""
-    config: DataConfig = make_config(DataConfig, recipe.data.to_dict(), "data")
+    return checked_data(make_config(DataConfig, recipe.data.to_dict(), "data"))
+
+
+def checked_data(config: DataConfig) -> DataConfig:
+    """The same, if it can work. Raises ValueError for a value that cannot."""
     if config.source not in SOURCES:
         raise ValueError(f"data.source={config.source!r}: choose one of {', '.join(SOURCES)}")
     for name in ("size", "num_frames", "batch_size", "context_length"):
@@ -160,6 +191,8 @@ def data_config(recipe: Recipe) -> DataConfig:
             raise ValueError(f"data.{name}={getattr(config, name)}: it must be at least 1")
     if len(config.strides) != len(config.stride_weights):
         raise ValueError("data.strides and data.stride_weights need the same length")
+    if config.num_scenes < 0 or (config.num_scenes and config.source != "shapes"):
+        raise ValueError(f"data.num_scenes={config.num_scenes}: 0, or above 0 with data.source='shapes'")
     if config.source in ("folder", "tfds") and not config.folder:
         raise ValueError(f"data.source={config.source!r} needs data.folder")
     return config
@@ -169,6 +202,27 @@ def diffusion_config(recipe: Recipe) -> tuple[DiffusionConfig, Mixture]:
     settings = recipe.diffusion.to_dict()
     mixture = make_config(Mixture, settings.pop("mixture"), "diffusion.mixture")
     return make_config(DiffusionConfig, settings, "diffusion"), mixture
+
+
+def lora_config(recipe: Recipe) -> LoraConfig:
+    """Raises ValueError for a value that cannot work."""
+    config: LoraConfig = section(recipe, "lora", LoraConfig)
+    if config.rank < 0:
+        raise ValueError(f"lora.rank={config.rank}: 0 trains all weights, above 0 an update of that rank")
+    if not config.alpha > 0:
+        raise ValueError(f"lora.alpha={config.alpha}: it must be above 0")
+    if not 0 <= config.prior_share < 1:
+        raise ValueError(f"lora.prior_share={config.prior_share}: it must be at least 0 and below 1")
+    if config.prior_share and not config.prior:
+        raise ValueError(
+            f"lora.prior_share={config.prior_share} needs lora.prior: the fields of the data section that lead to what "
+            "the model was trained on"
+        )
+    if config.rank and recipe.stage != "diffusion":
+        raise ValueError(f"lora.rank={config.rank} works in the diffusion stage only: config.stage={recipe.stage!r}")
+    if config.rank and not recipe.model.init_from:
+        raise ValueError(f"lora.rank={config.rank} needs model.init_from: the model to personalise")
+    return config
 
 
 def section(recipe: Recipe, name: str, config_class: type) -> Any:

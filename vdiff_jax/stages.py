@@ -28,7 +28,9 @@ from vdiff_jax.diffusion.loss import weight
 from vdiff_jax.diffusion.noise import NOISE_KINDS
 from vdiff_jax.diffusion.prediction import check_kind
 from vdiff_jax.diffusion.schedule import make_schedule
-from vdiff_jax.interop import transformers
+from vdiff_jax.interop import lora as lora_files
+from vdiff_jax.interop import pretrained, transformers
+from vdiff_jax.lora_stage import Personalisation, mixed, personalisation, split_batch
 from vdiff_jax.measures import channel_weights, latent_statistics, linear_path_start
 from vdiff_jax.models.autoencoder import latents_from_moments, sample_moments
 from vdiff_jax.models.text_encoder import TextEncoderConfig
@@ -36,11 +38,13 @@ from vdiff_jax.pipeline import Settings, VideoDiffusion, load
 from vdiff_jax.recipe import (
     DataConfig,
     DiffusionConfig,
+    LoraConfig,
     Recipe,
     SampleConfig,
     check_stage,
     data_config,
     diffusion_config,
+    lora_config,
     section,
 )
 from vdiff_jax.starting_point import VOCABULARY_FIELDS, starting_point, warn_of_another_process
@@ -58,7 +62,7 @@ class Stage:
 
     init: key -> trainable params. loss_fn: see `training.step.LossFn`. batches_from: step -> iterator of device
     batches. on_sample: a preview callback. finish: (state, folder) -> writes the finished model. left_out, unread:
-    clips the data could not give, see `Stream`.
+    clips the data could not give, see `Stream`. frozen: parameters that the loss reads and nothing changes, or None.
     """
 
     init: Callable[[Array], Params]
@@ -68,6 +72,7 @@ class Stage:
     finish: Callable[[TrainState, Path], None]
     left_out: SkipReport
     unread: SkipReport
+    frozen: Params | None = None
 
 
 def make_stage(recipe: Recipe, mesh: Mesh, workdir: Path) -> Stage:
@@ -79,6 +84,7 @@ def make_stage(recipe: Recipe, mesh: Mesh, workdir: Path) -> Stage:
     parallel.check_batch_size(data.batch_size, mesh)
     stages = {"autoencoder": _autoencoder_stage, "diffusion": _diffusion_stage}
     check_stage(recipe.stage)
+    lora_config(recipe)
     return stages[recipe.stage](recipe, data, mesh, workdir)
 
 
@@ -139,6 +145,10 @@ def _diffusion_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Path
     schedule = make_schedule(diffusion.schedule, **diffusion.schedule_settings)
     check_kind(diffusion.prediction, schedule.logsnr_min)
     _check_objective(diffusion)
+    low_rank = lora_config(recipe)
+    data, prior_data = split_batch(data, low_rank) if low_rank.rank else (data, None)
+    for part in filter(None, (data, prior_data)):
+        parallel.check_batch_size(part.batch_size, mesh)
     sample = section(recipe, "sample", SampleConfig)
     if not recipe.model.autoencoder_from:
         raise ValueError("model.autoencoder_from is empty: train an autoencoder first and give its run folder")
@@ -155,10 +165,17 @@ def _diffusion_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Path
     if data.latent_cache:
         _fill_latent_cache(data, autoencoder, autoencoder_params, digest)
 
+    tuned = None
+    if low_rank.rank and start is not None:
+        trained = ("unet", "text_encoder") if recipe.model.text == "joint" else ("unet",)
+        tuned = _personalisation(low_rank, start, trained, recipe.model.init_from)
+        start = dataclasses.replace(start, **dict(zip(("components", "params", "tokenizer"), tuned.parts)))
     text, text_params, tokenizer = _text_encoder(recipe, data, start)
     trainable = {"unet": unet} | ({"text_encoder": text} if text and text_params is None else {})
 
     def init(key: Array) -> Params:
+        if tuned is not None:
+            return tuned.init(key)
         if start is not None:
             return {name: jax.tree.map(jnp.asarray, start.params[name]) for name in trainable}
         return {name: part.init(jax.random.fold_in(key, index)) for index, (name, part) in enumerate(trainable.items())}
@@ -167,12 +184,20 @@ def _diffusion_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Path
     prepare = _prepare_fn(autoencoder, text if text_params is not None else None)
     anchor_rate = mixture.anchor_probability()
     stream = make_stream(data, seed=recipe.seed, tokenizer=tokenizer, anchor_rate=anchor_rate, digest=digest)
-    prepare_key = jax.random.fold_in(jax.random.key(recipe.seed), 1)
+    streams = [(stream, data.batch_size)]
+    if prior_data is not None:
+        prior = make_stream(prior_data, seed=recipe.seed, tokenizer=tokenizer, anchor_rate=anchor_rate, digest=digest)
+        streams.append((prior, prior_data.batch_size))
+
+    def prepared(part: int, step: int) -> Iterator[Batch]:
+        part_key = jax.random.fold_in(jax.random.key(recipe.seed), 1 + part)
+        source, batch_size = streams[part]
+        for index, batch in enumerate(source.starting_at(step, mesh), start=step):
+            keys = _batch_keys(jax.random.fold_in(part_key, index), batch_size, mesh)
+            yield prepare(frozen, batch, keys)
 
     def batches_from(step: int) -> Iterator[Batch]:
-        for index, batch in enumerate(stream.starting_at(step, mesh), start=step):
-            keys = _batch_keys(jax.random.fold_in(prepare_key, index), data.batch_size, mesh)
-            yield prepare(frozen, batch, keys)
+        return mixed([prepared(part, step) for part in range(len(streams))])
 
     loss_fn = make_diffusion_loss(
         predictor(unet.apply),
@@ -194,18 +219,45 @@ def _diffusion_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Path
     settings = _settings(data, diffusion, sample)
     model = VideoDiffusion(components, {n: known_params.get(n) or {} for n in components}, tokenizer, settings)
 
+    def trained_model(state: TrainState) -> VideoDiffusion:
+        params = jax.device_get(state.ema)
+        return model.with_params(params if tuned is None else tuned.complete(params, tuned.base))
+
     def on_sample(step: int, state: TrainState, writer: MetricWriter | None) -> None:
         if writer is None or not sample.prompts:
             return
-        clips = model.with_params(jax.device_get(state.ema)).generate(list(sample.prompts), seed=sample.seed)
+        clips = trained_model(state).generate(list(sample.prompts), seed=sample.seed)
         frames = np.stack([clip.frames for clip in clips])
         _save_sheet(workdir, step, contact_sheet(frames.reshape(-1, *frames.shape[2:]), columns=frames.shape[1]))
         writer.video(step, "samples", frames, fps=data.native_fps)
 
     def finish(state: TrainState, folder: Path) -> None:
-        model.with_params(jax.device_get(state.ema)).save_pretrained(folder)
+        if tuned is not None:
+            _save_update(tuned, jax.device_get(state.ema), settings, folder)
+        else:
+            trained_model(state).save_pretrained(folder)
 
-    return Stage(init, loss_fn, batches_from, on_sample, finish, stream.left_out, stream.unread)
+    base_params = None
+    if tuned is not None:
+        loss_fn = tuned.loss(loss_fn)
+        base_params = jax.device_put(tuned.base, parallel.tree_shardings(tuned.base, mesh))
+    return Stage(init, loss_fn, batches_from, on_sample, finish, stream.left_out, stream.unread, base_params)
+
+
+def _personalisation(
+    low_rank: LoraConfig, start: VideoDiffusion, trained: tuple[str, ...], base_name: str
+) -> Personalisation:
+    digests = {name: start.component_digest(name) for name in trained}
+    return personalisation(low_rank, (start.components, start.params, start.tokenizer), trained, digests, base_name)
+
+
+def _save_update(tuned: Personalisation, trainable: Params, settings: Settings, folder: Path) -> None:
+    """A folder that `load` takes for the personalised model, as long as it finds the base model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lora_files.save_lora(folder / lora_files.FILE_NAME, tuned.lora(trainable))
+    settings_dict = dataclasses.asdict(settings)
+    config = {"format": lora_files.FORMAT, "base": tuned.base_name, "settings": settings_dict}
+    pretrained.save_json(folder / "config.json", config)
 
 
 def _prepare_fn(autoencoder: Component, frozen_text: Component | None) -> Callable[[Params, Batch, Array], Batch]:

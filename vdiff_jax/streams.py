@@ -91,6 +91,8 @@ def make_stream(
             strides=data.strides,
             stride_weights=data.stride_weights,
             anchor_rate=anchor_rate,
+            num_scenes=data.num_scenes,
+            scenes_seed=data.scenes_seed,
             **process,
         )
         return Stream(host, _renderer(world), lambda: vocabulary(world))

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vdiff_jax.data.shapes import ShapesWorld, captions, draw_records, select, split_rng
+from vdiff_jax.data.shapes import Records, ShapesWorld, captions, draw_records, select, split_rng
 
 EncodePrompts = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
 
@@ -25,6 +25,8 @@ class ShapesStream:
     world: what clips contain; its `num_frames` defines the speeds. num_frames: frames in a training window.
     strides, stride_weights: distances between frames in native intervals, and how often each is drawn.
     anchor_rate: share of clips whose frame 0 is an anchor, `anchor_range` intervals before the window.
+    num_scenes, scenes_seed: with num_scenes above 0, all windows are of these scenes, which depend on scenes_seed
+    only and come with their one complete caption; 0 = new scenes and paraphrases without end.
     encode_prompts: captions -> (tokens [b n] i32, token_mask [b n] bool); None leaves prompts out.
     """
 
@@ -38,6 +40,8 @@ class ShapesStream:
     stride_weights: tuple[float, ...] = (0.7, 0.2, 0.1)
     anchor_rate: float = 0.0
     anchor_range: tuple[float, float] = (8.0, 64.0)
+    num_scenes: int = 0
+    scenes_seed: int = 0
     process_index: int = 0
     process_count: int = 1
 
@@ -45,13 +49,20 @@ class ShapesStream:
         """Raw batch: `records` (see `shapes.draw_records`), `times [b f]`, `anchor [b]`, `tokens`, `token_mask`."""
         rng = split_rng(self.split, self.seed, step)
         times, anchor = self._times(rng)
-        scenes = draw_records(rng, self.world, self.split, self.batch_size, span=self.world.num_frames - 1)
+        if self.num_scenes:
+            scenes = select(self.fixed_scenes(), rng.integers(self.num_scenes, size=self.batch_size))
+        else:
+            scenes = draw_records(rng, self.world, self.split, self.batch_size, span=self.world.num_frames - 1)
         rows = slice(self.process_index, None, self.process_count)
         batch: dict[str, Any] = {"records": select(scenes, rows), "times": times[rows], "anchor": anchor[rows]}
         if self.encode_prompts is not None:
-            tokens, token_mask = self.encode_prompts(captions(scenes, rng))
+            tokens, token_mask = self.encode_prompts(captions(scenes, None if self.num_scenes else rng))
             batch |= {"tokens": tokens[rows], "token_mask": token_mask[rows]}
         return batch
+
+    def fixed_scenes(self) -> Records:
+        """The `num_scenes` scenes that all windows are of."""
+        return draw_records(split_rng(self.split, self.scenes_seed), self.world, self.split, self.num_scenes)
 
     def starting_at(self, step: int) -> Iterator[dict[str, Any]]:
         while True:

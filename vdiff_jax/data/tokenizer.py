@@ -82,6 +82,34 @@ class Tokenizer:
             mask[row, : len(ids)] = True
         return tokens, mask
 
+    def with_words(self, words: Sequence[str]) -> tuple[Tokenizer, list[int]]:
+        """A tokenizer that knows these words too, and their ids; all other ids stay.
+
+        A word stands for itself, never inside a longer one, and is written as the vocabulary is (lower case, say).
+        Raises ValueError for a word that is known already, is not one word, or is given twice.
+        """
+        from tokenizers import AddedToken
+        from tokenizers import Tokenizer as Fast
+
+        fast: Any = Fast.from_str(self._text)
+        words = [fast.normalizer.normalize_str(word) if fast.normalizer else word for word in words]
+        vocabulary = fast.get_vocab(with_added_tokens=True)
+        for word in words:
+            if not word or word.split() != [word] or words.count(word) > 1:
+                raise ValueError(f"new word {word!r}: give single words, each once")
+            if word in vocabulary:
+                raise ValueError(f"new word {word!r}: the tokenizer knows it already, so it needs no new embedding")
+            fast.add_tokens([AddedToken(word, single_word=True, normalized=True)])
+        larger = Tokenizer(fast.to_str())
+        return larger, [larger.word_id(word) for word in words]
+
+    def word_id(self, word: str) -> int:
+        """The id of a word. Raises ValueError if it has none of its own."""
+        index = self._fast.token_to_id(word)
+        if index is None:
+            raise ValueError(f"the tokenizer does not know the word {word!r}")
+        return index
+
     def decode(self, tokens: np.ndarray) -> list[str]:
         """i32 [b n] -> prompts, special tokens left out."""
         special = {self.pad_id, self.bos_id, self.eos_id}

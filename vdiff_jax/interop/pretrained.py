@@ -50,14 +50,16 @@ def unflatten_like(flat: dict[str, np.ndarray], abstract: Params, source: str) -
     return jax.tree_util.tree_map_with_path(lambda path, leaf: flat[path_name(path)].astype(leaf.dtype), abstract)
 
 
-def save_tensors(path: str | Path, params: Params, dtype: str = "float32") -> None:
+def save_tensors(
+    path: str | Path, params: Params, dtype: str = "float32", metadata: dict[str, str] | None = None
+) -> None:
     """Write a parameter tree to one safetensors file, by a temporary name; dtype float32, float16 or bfloat16."""
     path = Path(path)
     target = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
     tensors = {name: np.ascontiguousarray(value.astype(target)) for name, value in flatten(params).items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, temporary, metadata={"format": FORMAT})
+        save_file(tensors, temporary, metadata={"format": FORMAT, **(metadata or {})})
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     finally:

@@ -17,8 +17,9 @@ from jax.sharding import Mesh
 from vdiff_jax import parallel
 from vdiff_jax.types import Array, Batch, Params
 
-LossFn = Callable[[Params, Batch, Array], tuple[Array, dict[str, Array]]]
-"""(params, batch, keys [b]) -> (scalar loss, metrics); one key per sample, metrics are scalars or small vectors."""
+LossFn = Callable[..., tuple[Array, dict[str, Array]]]
+"""(params, batch, keys [b]) -> (scalar loss, metrics); one key per sample, metrics are scalars or small vectors. Where
+a step is made with `frozen` parameters, they come as a fourth argument."""
 
 
 @jax.tree_util.register_dataclass
@@ -70,18 +71,20 @@ def make_train_step(
     *,
     ema_decay: float = 0.999,
     accumulation_steps: int = 1,
+    frozen: Params | None = None,
 ) -> Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Array]]]:
     """The jitted step. A non-finite loss or gradient leaves params, optimizer and EMA bitwise untouched and is counted.
 
     accumulation_steps: the batch is cut in that many parts whose gradients are averaged, at the memory of one part.
     ema: decay is min(ema_decay, (1 + step) / (10 + step)).
+    frozen: parameters the loss reads but nothing changes: no gradient, no optimizer state, not in the checkpoints.
     """
 
-    def gradients(params: Params, batch: Batch, keys: Array):
-        whole = parallel.gather(params, mesh)
-        return jax.value_and_grad(loss_fn, has_aux=True)(whole, batch, keys)
+    def train_step(state: TrainState, batch: Batch, key: Array, *frozen: Params) -> tuple[TrainState, dict[str, Array]]:
+        def gradients(params: Params, batch: Batch, keys: Array):
+            whole, *fixed = parallel.gather((params, *frozen), mesh)
+            return jax.value_and_grad(loss_fn, has_aux=True)(whole, batch, keys, *fixed)
 
-    def train_step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, dict[str, Array]]:
         batch_size = jax.tree.leaves(batch)[0].shape[0]
         keys = sample_keys(jax.random.fold_in(key, state.step), batch_size)
         (loss, metrics), grads = _accumulate(gradients, state.params, batch, keys, accumulation_steps)
@@ -108,7 +111,9 @@ def make_train_step(
         metrics = {**metrics, "loss": loss, "grad_norm": grad_norm, "skipped": new_state.skipped}
         return new_state, {**metrics, "skipped_in_row": new_state.skipped_in_row}
 
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, parallel.replicated(mesh)))
+    step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, parallel.replicated(mesh)))
+    # As an argument, because what a jitted function closes over would be written into its program.
+    return step if frozen is None else lambda state, batch, key: step(state, batch, key, frozen)
 
 
 def sample_keys(key: Array, batch_size: int) -> Array:
