@@ -22,7 +22,8 @@ from vdiff_jax.diffusion.process import token_logsnr
 COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1)}
 SHAPES = ("circle", "square")
 DIRECTIONS = {"right": (0, 1), "left": (0, -1), "down": (1, 0), "up": (-1, 0)}
-NUM_FRAMES, SIZE, SPEED, RADIUS, BACKGROUND = 4, 12, 1.0, 2.2, 0.3
+NUM_FRAMES, SIZE, SPEED, RADIUS = 4, 12, 1.0, 2.2
+BACKGROUND = 0.1  # two colours are much nearer to each other than either to it, so a recoloured clip is the nearest one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,7 @@ def draw_clip(colour: str, shape: str, direction: str, centre: tuple[float, floa
     x = grid[None, None, :] - (centre[1] + dx * time)[:, None, None]
     distance = np.hypot(y, x) - RADIUS if shape == "circle" else np.maximum(np.abs(y), np.abs(x)) - RADIUS
     cover = np.clip(0.5 - distance, 0, 1)[..., None]
-    return BACKGROUND + cover * (0.45 + 0.5 * np.array(COLOURS[colour]) - BACKGROUND)
+    return BACKGROUND + cover * (0.6 + 0.35 * np.array(COLOURS[colour]) - BACKGROUND)
 
 
 @functools.cache

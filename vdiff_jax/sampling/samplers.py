@@ -143,7 +143,7 @@ def step(
     alpha_1, sigma_1 = alpha_sigma(next_logsnr, sampler.process)
     live = h != 0
 
-    share = -jnp.expm1(jnp.minimum(-2 * h, 0.0))  # sd^2 / (eta sigma_1)^2
+    share = _noise_share(h)
     log_rest = 0.5 * jnp.log1p(-jnp.minimum(jnp.square(sampler.eta) * share, 1.0))
     ratio = jnp.exp(log_rest) * sigma_1 / jnp.maximum(sigma_0, jnp.finfo(z.dtype).tiny)
     gain = -alpha_1 * jnp.expm1(log_rest - h)  # alpha_1 - alpha_0 * ratio, without cancellation
@@ -164,6 +164,17 @@ def step(
         new = History(x0_hat, h, history.x, history.h, used, gain)
     history = jax.tree.map(lambda now, before: jnp.where(live if now.ndim == 2 else alive, now, before), new, history)
     return jnp.where(alive, z_next, z), history
+
+
+def step_noise_std(logsnr: LogSNR, next_logsnr: LogSNR, eta: float | Array = 1.0, process: str = "vp") -> Array:
+    """Standard deviation of the noise that a step adds, `eta sigma_1 sqrt(1 - e^(logsnr_0 - logsnr_1))`."""
+    level_0, level_1 = (jnp.clip(level, -EXTREME_LOGSNR, EXTREME_LOGSNR) for level in (logsnr, next_logsnr))
+    return eta * alpha_sigma(next_logsnr, process)[1] * jnp.sqrt(_noise_share((level_1 - level_0) / 2))
+
+
+def _noise_share(h: Array) -> Array:
+    """Variance of an ancestral step's noise over `sigma_1^2`, for a half-log-SNR step h; 0 for a step backwards."""
+    return -jnp.expm1(jnp.minimum(-2 * h, 0.0))
 
 
 def _correction(x0_hat: Latents, history: History, h_now: LogSNR) -> Latents:

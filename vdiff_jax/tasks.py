@@ -1,0 +1,153 @@
+"""The tasks of editing on batches of latents: prompts become conditioning, `editing` makes the job, the model runs it.
+
+Every function takes a `VideoDiffusion`, final latents `[b f h w c]` and one key per clip, and returns final latents.
+Clips, pixels, windows and sessions are the business of `editor.py`; this is the layer below, for batches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax.numpy as jnp
+
+from vdiff_jax.editing import text_edit
+from vdiff_jax.sampling.inversion import NoiseTape, ddpm_inversion
+from vdiff_jax.sampling.job import nothing_known, uniform_plan
+from vdiff_jax.sampling.samplers import sample
+from vdiff_jax.types import Array, Conditioning, DenoiserWrapper, Known, Latents
+
+if TYPE_CHECKING:
+    from vdiff_jax.pipeline import VideoDiffusion
+
+
+@dataclasses.dataclass(frozen=True)
+class EditOptions:
+    """How to edit by prompt.
+
+    method: "flow", "inversion", "ddpm" or "sdedit", see `editing.text_edit`.
+    strength: 0..1, the schedule's coordinate of the level the walk starts from; higher changes more.
+    steps, guidance_scale, negative_prompt: of the walk with the new prompt; None = the model's own.
+    source_guidance_scale: of the old prompt's estimate in "flow"; 1 = off.
+    draws: noise draws averaged in every step of "flow".
+    """
+
+    method: str = "flow"
+    strength: float = 0.7
+    steps: int | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str = ""
+    source_guidance_scale: float = 1.0
+    draws: int = 1
+
+    def __post_init__(self):
+        if self.method not in text_edit.METHODS:
+            raise ValueError(f"edit method {self.method!r} is unknown: choose one of {', '.join(text_edit.METHODS)}")
+        if not 0 < self.strength <= 1:
+            raise ValueError(f"strength={self.strength}: it must be above 0 and at most 1")
+        if self.draws < 1:
+            raise ValueError(f"draws={self.draws}: it must be at least 1")
+
+
+class Inverted(NamedTuple):
+    """A clip as the noise that makes it: `z` at the plan's first level, or a whole tape (method "ddpm")."""
+
+    z: Latents
+    tape: NoiseTape | None = None
+
+
+def edit_plan(model: VideoDiffusion, options: EditOptions, batch: int, num_frames: int) -> Array:
+    """The levels `[s+1 b f]` an edit walks, from the one of its strength to clean."""
+    return uniform_plan(model.schedule, model.steps(options.steps), batch, num_frames, options.strength)
+
+
+def invert(
+    model: VideoDiffusion,
+    source: Latents,
+    source_prompts: Sequence[str] | None,
+    options: EditOptions,
+    *,
+    keys: Array,
+    known: Known | None = None,
+    times: Array | None = None,
+) -> Inverted:
+    """The noise that makes `source`, for the methods "inversion" and "ddpm"; guidance is off on the way."""
+    known = nothing_known(source.shape) if known is None else known
+    cond = model.condition(source_prompts, times, source.shape)
+    plan = edit_plan(model, options, *source.shape[:2])
+    if options.method == "ddpm":
+        tape = model.run(ddpm_inversion, source, plan, known, cond, keys, noise_kind=model.settings.noise)
+        return Inverted(tape.z, tape)
+    job = text_edit.inversion_job(source, plan, known, cond)
+    return Inverted(model.run(sample, job, text_edit.INVERSION_SAMPLER, keys, finish=False))
+
+
+def edit_by_prompt(
+    model: VideoDiffusion,
+    source: Latents,
+    prompts: Sequence[str],
+    source_prompts: Sequence[str] | None = None,
+    options: EditOptions | None = None,
+    *,
+    keys: Array,
+    known: Known | None = None,
+    times: Array | None = None,
+    inverted: Inverted | None = None,
+    wrappers: tuple[DenoiserWrapper, ...] = (),
+) -> Latents:
+    """Change what clips show: from what `source_prompts` say (None = nothing is said) to what `prompts` say.
+
+    known: what must stay, with its latents (see `Known`). times: time stamps. inverted: what `invert` returned for the
+    same source, options and keys; made here where it is None. wrappers: further changes of the denoiser.
+    """
+    options = options or EditOptions()
+    known = nothing_known(source.shape) if known is None else known
+    cond = model.condition(prompts, times, source.shape)
+    plan = edit_plan(model, options, *source.shape[:2])
+    guidance = model.guidance(cond, options.negative_prompt, options.guidance_scale)
+    if options.method == "flow":
+        source_cond = model.condition(source_prompts, times, source.shape)
+        flow = text_edit.FlowEdit(
+            source,
+            source_cond,
+            guidance[0] if guidance else None,
+            _source_guidance(model, source_cond, options),
+            options.draws,
+            model.settings.noise,
+        )
+        job = text_edit.flow_job(source, plan, known, cond)
+        return model.run(sample, job, text_edit.FLOW_SAMPLER, keys, wrappers=(*wrappers, flow))
+    if options.method == "sdedit":
+        job = text_edit.sdedit_job(source, plan, known, cond, keys, model.settings.noise)
+        return model.run(sample, job, model.sampler(), keys, wrappers=(*guidance, *wrappers))
+    if inverted is None:
+        inverted = invert(model, source, source_prompts, options, keys=keys, known=known, times=times)
+    if inverted.tape is not None:
+        job = text_edit.tape_job(inverted.tape, plan, known, cond)
+        edited = model.run(sample, job, text_edit.TAPE_SAMPLER, keys, wrappers=(*guidance, *wrappers))
+        return edited + inverted.tape.residual
+    job = dataclasses.replace(text_edit.inversion_job(source, plan, known, cond), z=inverted.z, plan=plan)
+    return model.run(sample, job, text_edit.INVERSION_SAMPLER, keys, wrappers=(*guidance, *wrappers))
+
+
+def _source_guidance(model: VideoDiffusion, source_cond: Conditioning, options: EditOptions):
+    found = model.guidance(source_cond, "", options.source_guidance_scale)
+    return found[0] if found else None
+
+
+def harmonise(
+    model: VideoDiffusion,
+    latents: Latents,
+    prompts: Sequence[str] | None,
+    strength: float = 0.3,
+    *,
+    keys: Array,
+    steps: int | None = None,
+    known: Known | None = None,
+    times: Array | None = None,
+) -> Latents:
+    """Make latents that were changed by hand look natural: noise up to `strength`, then denoise, without guidance."""
+    options = EditOptions("sdedit", strength, steps, guidance_scale=1.0)
+    prompts = [""] * len(jnp.asarray(latents)) if prompts is None else prompts
+    return edit_by_prompt(model, latents, prompts, None, options, keys=keys, known=known, times=times)
