@@ -4,6 +4,8 @@ A clip is `frames` u8 [f h w 3] in RGB, a frame rate in frames per second and a 
 goes through ffmpeg (PyAV, one thread a clip, which is fastest for short clips) and, for gif, webp, png and other
 images, through Pillow. Which of the two is decided by the first bytes of the file, not by its name.
 
+A clip may carry its sound (`sound.py`), read when asked for, on the clock of the frames.
+
 Files may come from anybody: sizes are judged from the header before anything is decoded (`Limits`), the same limits
 hold while decoding, and only container formats that hold their own video are opened (no playlists, no network).
 """
@@ -21,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from vdiff_jax.data.sound import Sound, read_sound
 from vdiff_jax.data.video_write import (
     CLIP_JSON,
     VideoError,
@@ -78,11 +81,15 @@ class VideoInfo:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Clip:
-    """frames: u8 [f h w 3] RGB. fps: frames per second. metadata: JSON-able provenance, kept inside saved files."""
+    """frames: u8 [f h w 3] RGB. fps: frames per second. metadata: JSON-able provenance, kept inside saved files.
+
+    sound: what is heard from the first frame on, or None; it may be shorter or longer than the frames.
+    """
 
     frames: np.ndarray
     fps: float
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+    sound: Sound | None = None
 
     def __post_init__(self):
         check_frames(self.frames)
@@ -99,15 +106,15 @@ class Clip:
 
     def save(self, path: str | os.PathLike, crf: int = 18) -> Path:
         """Write by suffix: .mp4 .webm .gif .png (contact sheet) or a folder of frames; see `write_video`."""
-        return write_video(self.frames, self.fps, self.metadata, path, crf=crf)
+        return write_video(self.frames, self.fps, self.metadata, path, crf=crf, sound=self.sound)
 
 
 def probe(path: str | os.PathLike, limits: Limits | None = None) -> VideoInfo:
     """Header of a video file, an image or a folder of frames; decodes nothing. Raises VideoError as `read_video`."""
-    path, limits = _check_path(path), limits or Limits()
+    path, limits = check_path(path), limits or Limits()
     if path.is_dir():
         return _probe_folder(path, limits)
-    return _probe_image(path, limits) if _is_image(path) else _probe_av(path, limits)
+    return _probe_image(path, limits) if is_image(path) else _probe_av(path, limits)
 
 
 def read_video(
@@ -118,18 +125,20 @@ def read_video(
     stride: int = 1,
     fps: float | None = None,
     limits: Limits | None = None,
+    sound: bool = False,
 ) -> Clip:
     """Read a video, an animated image, one image (a clip of one frame) or a folder of frames.
 
     size: int = centre-cropped square of that side, `(h, w)` = centre crop of that shape; None = as stored.
     num_frames: how many frames to return; None = all. start, stride: first frame and step between frames, counted
         on the file's frames, or on the resampled ones when `fps` is given (each shows the newest frame at its time).
+    sound: whether the clip carries the sound of the part that was read (None where the file has none).
     The clip's fps is that of the returned frames. Transparent pixels become white.
     Raises VideoError (one sentence) for a missing, foreign, empty, damaged, too short or too large file.
     """
     from vdiff_jax.data.transforms import centre_crop_resize
 
-    path, limits = _check_path(path), limits or Limits()
+    path, limits = check_path(path), limits or Limits()
     if start < 0 or stride < 1 or (num_frames is not None and num_frames < 1) or (fps is not None and fps <= 0):
         raise VideoError(
             f"cannot read {path}: need start >= 0, stride >= 1, num_frames >= 1 and fps > 0, "
@@ -155,14 +164,15 @@ def read_video(
         frames.append(image)
         total += image.nbytes
         if total > limits.max_bytes:
-            raise VideoError(_too_large(path, f"more than {limits.max_bytes} bytes of frames"))
+            raise VideoError(too_large(path, f"more than {limits.max_bytes} bytes of frames"))
     if not frames or (num_frames is not None and len(frames) < num_frames):
         wanted = f"{num_frames or 1} from frame {start} at stride {stride}"
         raise VideoError(f"{path} is too short: {wanted} asked, {len(frames)} found; ask for fewer frames")
-    return Clip(np.stack(frames), rate / stride, info.metadata)
+    heard = read_sound(path, start / rate, len(frames) * stride / rate, limits) if sound else None
+    return Clip(np.stack(frames), rate / stride, info.metadata, heard)
 
 
-def _check_path(path: str | os.PathLike) -> Path:
+def check_path(path: str | os.PathLike) -> Path:
     path = Path(path)
     if not path.exists():
         raise VideoError(f"{path} does not exist; check the path")
@@ -173,13 +183,13 @@ def _check_path(path: str | os.PathLike) -> Path:
     return path
 
 
-def _too_large(path: Path, what: str) -> str:
+def too_large(path: Path, what: str) -> str:
     return f"{path} is too large: {what}; read fewer or smaller frames, or raise the limit"
 
 
 def _check_pixels(path: Path, height: int, width: int, limits: Limits) -> None:
     if height * width > limits.max_pixels:
-        raise VideoError(_too_large(path, f"frames of {height} x {width} exceed {limits.max_pixels} pixels"))
+        raise VideoError(too_large(path, f"frames of {height} x {width} exceed {limits.max_pixels} pixels"))
 
 
 def _check_cost(
@@ -196,14 +206,14 @@ def _check_cost(
     seconds = info.duration_s if num_frames is None else (start + num_frames * stride) / rate
     seconds = min(seconds, info.duration_s) if info.duration_s else seconds
     if seconds > limits.max_duration_s:
-        raise VideoError(_too_large(path, f"{seconds:.0f} s exceed {limits.max_duration_s:.0f} s"))
+        raise VideoError(too_large(path, f"{seconds:.0f} s exceed {limits.max_duration_s:.0f} s"))
     if seconds * info.fps > limits.max_frames + 1:
-        raise VideoError(_too_large(path, f"{seconds * info.fps:.0f} frames exceed {limits.max_frames}"))
+        raise VideoError(too_large(path, f"{seconds * info.fps:.0f} frames exceed {limits.max_frames}"))
     count = num_frames or max(1, int((info.duration_s * rate - start) / stride))
     height, width = (info.height, info.width) if size is None else (size, size) if isinstance(size, int) else size
     if count * height * width * 3 > limits.max_bytes:
         wanted = f"{count} frames of {height} x {width} exceed {limits.max_bytes} bytes"
-        raise VideoError(_too_large(path, wanted))
+        raise VideoError(too_large(path, wanted))
 
 
 def _decode(path: Path, info: VideoInfo, limits: Limits, seek_s: float) -> Iterator[tuple[float, np.ndarray]]:
@@ -211,12 +221,12 @@ def _decode(path: Path, info: VideoInfo, limits: Limits, seek_s: float) -> Itera
     if path.is_dir():
         frames = _decode_folder(path, info)
     else:
-        frames = _decode_image(path) if _is_image(path) else _decode_av(path, info, limits, seek_s)
+        frames = _decode_image(path) if is_image(path) else _decode_av(path, info, limits, seek_s)
     for count, (time, image) in enumerate(frames):
         if count >= limits.max_frames:
-            raise VideoError(_too_large(path, f"more than {limits.max_frames} frames"))
+            raise VideoError(too_large(path, f"more than {limits.max_frames} frames"))
         if time > seek_s + limits.max_duration_s:
-            raise VideoError(_too_large(path, f"more than {limits.max_duration_s:.0f} s"))
+            raise VideoError(too_large(path, f"more than {limits.max_duration_s:.0f} s"))
         _check_pixels(path, image.shape[0], image.shape[1], limits)
         yield time, image
 
@@ -240,7 +250,7 @@ def _resample(
 # ---- ffmpeg -----------------------------------------------------------------------------------------------------
 
 
-def _open_av(path: Path) -> Any:
+def open_container(path: Path) -> Any:
     import av
 
     options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
@@ -253,7 +263,7 @@ def _open_av(path: Path) -> Any:
 
 
 def _probe_av(path: Path, limits: Limits) -> VideoInfo:
-    with _open_av(path) as container:
+    with open_container(path) as container:
         if not container.streams.video:
             raise VideoError(f"{path} holds no video stream (it has only sound, or it is cut off); give a whole file")
         stream = container.streams.video[0]
@@ -281,9 +291,9 @@ def _seek_time(info: VideoInfo, start: int, fps: float | None) -> float:
     """Where decoding may begin, in seconds; 0 = at the beginning (short ways, images, and wherever counting
     frames by their time would not be exact)."""
     path, seconds = Path(info.path), start / (fps or info.fps)
-    if seconds < 4.0 or path.is_dir() or _is_image(path):
+    if seconds < 4.0 or path.is_dir() or is_image(path):
         return 0.0
-    with _open_av(path) as container:
+    with open_container(path) as container:
         stream = container.streams.video[0]
         constant = stream.average_rate and stream.average_rate == stream.base_rate
         return seconds if fps or (constant and stream.frames > start) else 0.0
@@ -292,7 +302,7 @@ def _seek_time(info: VideoInfo, start: int, fps: float | None) -> float:
 def _decode_av(path: Path, info: VideoInfo, limits: Limits, seek_s: float) -> Iterator[tuple[float, np.ndarray]]:
     import av
 
-    with _open_av(path) as container:
+    with open_container(path) as container:
         stream = container.streams.video[0]
         stream.thread_type = "NONE"
         first = float((stream.start_time or 0) * stream.time_base)
@@ -318,7 +328,7 @@ def _decode_av(path: Path, info: VideoInfo, limits: Limits, seek_s: float) -> It
 # ---- Pillow -----------------------------------------------------------------------------------------------------
 
 
-def _is_image(path: Path) -> bool:
+def is_image(path: Path) -> bool:
     with open(path, "rb") as file:
         head = file.read(12)
     return head.startswith(_IMAGE_MAGIC) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
@@ -332,7 +342,7 @@ def _open_image(path: Path) -> Any:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is judged next
             return Image.open(path)
     except Image.DecompressionBombError as error:
-        raise VideoError(_too_large(path, f"the header declares it ({error})")) from error
+        raise VideoError(too_large(path, f"the header declares it ({error})")) from error
     except OSError as error:
         raise VideoError(f"{path} is a damaged image ({error}); make or copy it again") from error
 

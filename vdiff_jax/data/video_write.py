@@ -2,8 +2,8 @@
 
 | suffix    | what is written                                                       |
 |-----------|-----------------------------------------------------------------------|
-| `.mp4`    | H.264, yuv420p, BT.709: plays everywhere                              |
-| `.webm`   | VP9, yuv420p, BT.709                                                  |
+| `.mp4`    | H.264, yuv420p, BT.709: plays everywhere; sound as AAC                |
+| `.webm`   | VP9, yuv420p, BT.709; sound as Opus                                   |
 | `.gif`    | one palette for the clip, frame times rounded to 10 ms as gif demands |
 | `.png`    | a contact sheet: the frames in a grid                                 |
 | no suffix | a folder: `00000.png`, `00001.png`, ... and `clip.json` (fps, metadata) |
@@ -26,6 +26,8 @@ from typing import Any
 
 import numpy as np
 
+from vdiff_jax.data.sound import Sound, add_sound
+
 SUFFIXES = (".mp4", ".webm", ".gif", ".png", "")
 CLIP_JSON = "clip.json"
 _BT709 = 1  # ffmpeg's number for the BT.709 matrix, primaries and transfer alike
@@ -44,11 +46,18 @@ def check_frames(frames: np.ndarray) -> None:
 
 
 def write_video(
-    frames: np.ndarray, fps: float, metadata: dict[str, Any], path: str | os.PathLike, crf: int = 18
+    frames: np.ndarray,
+    fps: float,
+    metadata: dict[str, Any],
+    path: str | os.PathLike,
+    crf: int = 18,
+    sound: Sound | None = None,
 ) -> Path:
     """Write `frames` u8 [f h w 3] at `fps` frames per second to `path`; returns the path.
 
     crf: constant rate factor of mp4 (0..51) and webm (0..63), lower is better and larger; 18 is visually lossless.
+    sound: goes into .mp4 and .webm, cut where the frames end; .gif, .png and folders have no place for it and leave
+    it out.
     An odd height or width is padded by one repeated row or column in .mp4 and .webm (their chroma is halved);
     `metadata["padded_from"] = [h, w]` notes it in the file.
     Raises VideoError for an unknown suffix, wrong frames or a place that cannot be written.
@@ -59,8 +68,8 @@ def write_video(
     if suffix == ".gif" and fps > 50:
         raise VideoError(f"cannot write {path}: players show a gif at 50 frames per second at most, got {fps}")
     writers: dict[str, Callable[[Path], None]] = {
-        ".mp4": lambda to: _write_encoded(frames, fps, metadata, to, "mp4", crf),
-        ".webm": lambda to: _write_encoded(frames, fps, metadata, to, "webm", crf),
+        ".mp4": lambda to: _write_encoded(frames, fps, metadata, to, "mp4", crf, sound),
+        ".webm": lambda to: _write_encoded(frames, fps, metadata, to, "webm", crf, sound),
         ".gif": lambda to: _write_gif(frames, fps, metadata, to),
         ".png": lambda to: _write_png(contact_sheet(frames), metadata, to),
         "": lambda to: _write_folder(frames, fps, metadata, to),
@@ -159,7 +168,9 @@ def _comment(metadata: dict[str, Any]) -> str:
     return json.dumps(metadata, sort_keys=True, ensure_ascii=True)  # ASCII survives every container's tag encoding
 
 
-def _write_encoded(frames: np.ndarray, fps: float, metadata: dict[str, Any], path: Path, kind: str, crf: int) -> None:
+def _write_encoded(
+    frames: np.ndarray, fps: float, metadata: dict[str, Any], path: Path, kind: str, crf: int, sound: Sound | None
+) -> None:
     import av
 
     h, w = frames.shape[1:3]
@@ -181,10 +192,15 @@ def _write_encoded(frames: np.ndarray, fps: float, metadata: dict[str, Any], pat
         context.thread_count = 1  # the number of threads changes the bits
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         context.color_range = 1  # limited ("tv"), what players expect
-        for image in frames:
+        sound = None if sound is None else sound.cut(0, len(frames) / fps)
+        heard = add_sound(container, sound, kind) if sound and len(sound.samples) else []
+        for i, image in enumerate(frames):
+            while heard and heard[0].pts * heard[0].time_base <= i / fps:  # sound lies beside its picture
+                container.mux(heard.pop(0))
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=_BT709)))
         container.mux(stream.encode())
+        container.mux(heard)
 
 
 def _write_gif(frames: np.ndarray, fps: float, metadata: dict[str, Any], path: Path) -> None:
