@@ -134,7 +134,8 @@ def tweedie_covariance(
 ) -> tuple[Latents, Callable[[Latents], Latents]]:
     """The clean estimate at z, and the posterior covariance of x as a linear map `[b f h w c] -> [b f h w c]`.
 
-    Exact for an exact denoiser. Known tokens have none.
+    Exact for an exact denoiser. Known tokens have none. At pure noise (alpha exactly 0) z tells the denoiser nothing,
+    and its derivative nothing of the covariance: 0 is returned.
     """
 
     def denoise(z: Latents) -> Latents:
@@ -143,8 +144,9 @@ def tweedie_covariance(
 
     x0_hat, pull_back = jax.vjp(denoise, z)
     alpha, sigma = scales(logsnr, z)
+    factor = jnp.where(alpha > 0, sigma**2 / jnp.where(alpha > 0, alpha, 1.0), 0.0)
 
     def covariance(direction: Latents) -> Latents:
-        return jnp.where(known.mask > 0.5, 0.0, sigma**2 / alpha * pull_back(direction)[0])
+        return jnp.where(known.mask > 0.5, 0.0, factor * pull_back(direction)[0])
 
     return x0_hat, covariance
