@@ -1,0 +1,275 @@
+"""What happened to a clip before it reached us: differentiable maps from video to measurement, for restoration.
+
+    y = degradation(video) + noise,        video f32 [b f h w 3] in -1..1
+
+A `Degradation` is a pytree, so one compiled function takes others of the same kind and shapes as data. All are linear
+but `quantize`. Blurs mirror the picture at its border with the edge pixel repeated, `d c b a | a b c d | d c b a`
+(scipy's "reflect", numpy's "symmetric"), so that a flat picture stays flat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vdiff_jax.types import Array, Video, static, struct
+
+LUMA = (0.2126, 0.7152, 0.0722)
+"""Weights of red, green and blue in BT.709 luma."""
+
+DOWNSAMPLE_KINDS = ("area", "bicubic")
+
+
+def _unchanged(video: Video) -> Array:
+    return video
+
+
+@struct
+class Degradation:
+    """A differentiable map `degradation(video f32 [b f h w 3]) -> y`, as data: `apply(video, *settings, *parameters)`.
+
+    parameters: arrays or pytrees of them, traced. apply: a function of a module, not one made for the call, or every
+    new one compiles again. settings: hashable numbers that decide shapes. name: for messages and provenance.
+    """
+
+    parameters: tuple[Any, ...] = ()
+    apply: Callable[..., Any] = static(_unchanged)
+    settings: tuple[Any, ...] = static(())
+    name: str = static("identity")
+
+    def __call__(self, video: Video) -> Any:
+        return self.apply(video, *self.settings, *self.parameters)
+
+
+def identity() -> Degradation:
+    """y = video: only noise is to be removed."""
+    return Degradation()
+
+
+def from_function(function: Callable[..., Any], *parameters: Any, name: str = "function") -> Degradation:
+    """The user's own: `function(video, *parameters)`, made of JAX operations with derivatives of both modes.
+
+    Parameters are traced. y of sample i may depend on video i only.
+    """
+    return Degradation(parameters, function, (), name)
+
+
+def compose(first: Degradation, then: Degradation) -> Degradation:
+    """`then(first(video))`."""
+    return Degradation((first, then), _compose, (), f"{first.name}, {then.name}")
+
+
+def _compose(video: Video, first: Degradation, then: Degradation) -> Any:
+    return then(first(video))
+
+
+# Resolution -------------------------------------------------------------------------------------------------------
+
+
+def downsample(factor: int, kind: str = "area") -> Degradation:
+    """Height and width divided by `factor`, y `[b f h/factor w/factor 3]`.
+
+    kind: "area" (mean of factor x factor pixels) or "bicubic" (Keys' cubic with a = -1/2, widened by the factor so
+    that nothing aliases, weights renormalised at the border: Pillow's BICUBIC).
+
+    Raises:
+        ValueError: factor below 1 or an unknown kind; when applied, a size that factor does not divide.
+    """
+    _at_least("factor", factor, 1)
+    if kind not in DOWNSAMPLE_KINDS:
+        raise ValueError(f"downsampling kind {kind!r} is unknown; use one of {', '.join(DOWNSAMPLE_KINDS)}.")
+    return Degradation((), _downsample, (int(factor), kind), f"downsample x{factor} {kind}")
+
+
+def _downsample(video: Video, factor: int, kind: str) -> Array:
+    b, f, h, w, c = video.shape
+    if h % factor or w % factor:
+        raise ValueError(f"video of {h} x {w} cannot be downsampled by {factor}; crop it to a multiple.")
+    if kind == "area":
+        return jnp.mean(video.reshape(b, f, h // factor, factor, w // factor, factor, c), axis=(3, 5))
+    return jax.image.resize(video, (b, f, h // factor, w // factor, c), "cubic", antialias=True)
+
+
+def mosaic(block: int) -> Degradation:
+    """Every block x block pixels replaced by their mean, y of the video's shape; blocks at the border may be smaller.
+
+    The pixels of a block count as separate measurements. Where they share one error, as by rounding, give `block` times
+    its standard deviation.
+    """
+    _at_least("block", block, 1)
+    return Degradation((), _mosaic, (int(block),), f"mosaic {block}")
+
+
+def _mosaic(video: Video, block: int) -> Array:
+    def averaging(size: int) -> Array:
+        index = np.arange(size) // block
+        same = index[:, None] == index[None]
+        return jnp.asarray(same / same.sum(axis=1, keepdims=True), video.dtype)
+
+    rows, columns = averaging(video.shape[2]), averaging(video.shape[3])
+    return jnp.einsum("yh,xw,bfhwc->bfyxc", rows, columns, video, precision="highest")
+
+
+# Blur -------------------------------------------------------------------------------------------------------------
+
+
+def gaussian_blur(std_px: float) -> Degradation:
+    """Gaussian blur of every frame; the kernel ends at 4 standard deviations. Border: see the module."""
+    if not std_px > 0:
+        raise ValueError(f"std_px={std_px} of a blur must be above 0.")
+    reach = np.arange(-int(4 * std_px + 0.5), int(4 * std_px + 0.5) + 1)
+    line = np.exp(-0.5 * (reach / std_px) ** 2)
+    line = jnp.asarray(line / line.sum(), jnp.float32)
+    return Degradation((line[:, None], line[None]), _blur, (), f"gaussian blur {std_px:g}")
+
+
+def motion_blur(length: float, angle: float) -> Degradation:
+    """Blur of every frame along a line of `length` pixels at `angle` degrees, counter-clockwise from pointing right.
+
+    Each point of the line is shared by the four pixels around it. Border: see the module.
+    """
+    return Degradation((jnp.asarray(motion_kernel(length, angle)),), _blur, (), f"motion blur {length:g} at {angle:g}")
+
+
+def motion_kernel(length: float, angle: float) -> np.ndarray:
+    """f32 [2r+1 2r+1], summing to 1: a line through the middle, its points spread bilinearly.
+
+    Raises:
+        ValueError: length below 1.
+    """
+    _at_least("length", length, 1)
+    reach = int(np.ceil((length - 1) / 2))
+    along = np.linspace(-(length - 1) / 2, (length - 1) / 2, 8 * (2 * reach + 1))
+    y, x = -np.sin(np.deg2rad(angle)) * along, np.cos(np.deg2rad(angle)) * along
+    grid = np.arange(-reach, reach + 1)
+    rows = np.maximum(1 - np.abs(y[:, None] - grid), 0)
+    columns = np.maximum(1 - np.abs(x[:, None] - grid), 0)
+    kernel = rows.T @ columns
+    return (kernel / kernel.sum()).astype(np.float32)
+
+
+def _blur(video: Video, *kernels: Array) -> Array:
+    """Convolution of every frame and channel with kernels [kh kw] of odd sizes, one after another."""
+    b, f, h, w, c = video.shape
+    planes = jnp.moveaxis(video, 4, 2).reshape(b * f * c, 1, h, w)
+    for kernel in kernels:
+        reach_y, reach_x = kernel.shape[0] // 2, kernel.shape[1] // 2
+        planes = jnp.pad(planes, ((0, 0), (0, 0), (reach_y, reach_y), (reach_x, reach_x)), mode="symmetric")
+        flipped = kernel[None, None, ::-1, ::-1].astype(video.dtype)  # XLA's convolution is a correlation
+        planes = jax.lax.conv(planes, flipped, (1, 1), "VALID", precision=jax.lax.Precision.HIGHEST)
+    return jnp.moveaxis(planes.reshape(b, f, c, h, w), 2, 4)
+
+
+# Missing parts ----------------------------------------------------------------------------------------------------
+
+
+def mask_pixels(mask: Any) -> Degradation:
+    """Only some pixels are seen, y = video * mask; the others read 0 (mid-grey).
+
+    mask: `[f h w]` or `[b f h w 1]`, bool or 0..1, 1 = observed. Mind: a user-facing mask, white = change this, is one
+    minus this.
+
+    Raises:
+        ValueError: a mask of another number of axes.
+    """
+    return Degradation((_pixel_mask(mask),), _seen_through, (), "mask")
+
+
+def _seen_through(video: Video, mask: Array) -> Array:
+    return video * mask
+
+
+def _pixel_mask(mask: Any) -> Array:
+    mask = jnp.asarray(mask, jnp.float32)
+    if mask.ndim == 3:
+        mask = mask[None, ..., None]
+    if mask.ndim != 5 or mask.shape[-1] != 1:
+        raise ValueError(f"mask of shape {mask.shape} must be [f h w] or [b f h w 1], 1 where the video is observed.")
+    return mask
+
+
+def block_mask(shape: Sequence[int], block: int, missing: float, seed: int = 0) -> Degradation:
+    """Lost blocks, as of a broken transmission: in every frame the share `missing` of them, drawn anew.
+
+    shape: (f, h, w) of the video. Blocks at the lower and right border may be smaller. y = video * mask as for
+    `mask_pixels`.
+
+    Raises:
+        ValueError: a share outside 0..1 or a block below 1.
+    """
+    _at_least("block", block, 1)
+    if not 0 <= missing <= 1:
+        raise ValueError(f"missing={missing} is a share of the blocks and must lie in 0..1.")
+    f, h, w = shape
+    rows, columns = -(-h // block), -(-w // block)
+    rng = np.random.default_rng(seed)
+    lost = np.arange(rows * columns) < round(missing * rows * columns)
+    observed = ~np.stack([rng.permutation(lost) for _ in range(f)]).reshape(f, rows, columns)
+    mask = observed.repeat(block, axis=1).repeat(block, axis=2)[:, :h, :w]
+    return Degradation((_pixel_mask(mask),), _seen_through, (), f"blocks of {block} missing")
+
+
+def keep_frames(frames: Sequence[int] | np.ndarray) -> Degradation:
+    """Only some frames are seen, y `[b k h w 3]`.
+
+    frames: their indices in order (negative from the end), or a bool vector `[f]`.
+
+    Raises:
+        ValueError: no frames; when applied, an index outside the clip or a bool vector of another length.
+    """
+    chosen = np.asarray(frames)
+    if chosen.ndim != 1 or not chosen.size or (chosen.dtype == np.bool_ and not chosen.any()):
+        raise ValueError(
+            f"frames {chosen.tolist()} must be a list of indices or a bool vector with at least one frame."
+        )
+    return Degradation((), _keep_frames, (tuple(chosen.tolist()),), "some frames")
+
+
+def _keep_frames(video: Video, frames: tuple[int, ...] | tuple[bool, ...]) -> Array:
+    chosen, num_frames = np.asarray(frames), video.shape[1]
+    if chosen.dtype == np.bool_:
+        if len(chosen) != num_frames:
+            raise ValueError(f"the bool vector of kept frames has {len(chosen)} entries; the clip has {num_frames}.")
+        chosen = np.flatnonzero(chosen)
+    if chosen.min() < -num_frames or chosen.max() >= num_frames:
+        raise ValueError(f"kept frames {chosen.tolist()} lie outside a clip of {num_frames} frames.")
+    return video[:, chosen]
+
+
+# Colour and depth -------------------------------------------------------------------------------------------------
+
+
+def grayscale() -> Degradation:
+    """BT.709 luma of the gamma-coded values, y `[b f h w 1]`; a gray clip's is the gray itself."""
+    return Degradation((), _grayscale, (), "grayscale")
+
+
+def _grayscale(video: Video) -> Array:
+    return jnp.sum(video * jnp.asarray(LUMA, video.dtype)[None, None, None, None], axis=-1, keepdims=True)
+
+
+def quantize(levels: int) -> Degradation:
+    """Rounding to `levels` equally spaced values from -1 to 1; the derivative is taken as one (straight through).
+
+    Its error is about uniform: a fitting noise_std is 2 / (levels - 1) / sqrt(12).
+
+    Raises:
+        ValueError: fewer than 2 levels.
+    """
+    _at_least("levels", levels, 2)
+    return Degradation((jnp.float32(levels - 1),), _quantize, (), f"quantize {levels}")
+
+
+def _quantize(video: Video, steps: Array) -> Array:
+    steps = steps.astype(video.dtype)
+    rounded = jnp.round((jnp.clip(video, -1, 1) + 1) * steps / 2) * 2 / steps - 1
+    return video + jax.lax.stop_gradient(rounded - video)
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise ValueError(f"{name}={value} must be at least {least}.")
