@@ -2,6 +2,7 @@
 
     python sample.py --model=shapes --prompt="a red circle moving right" --out=out.mp4
     python sample.py --model=runs/mine --prompt="a dog runs" --out=out.webm --num_samples=4 --seed=7
+    python sample.py --model=shapes --lora=runs/shapes_lora --prompt="a red star moving up" --out=star.gif
 
 The suffix of --out decides the format: .mp4, .webm, .gif, .png (contact sheet) or none (a folder of frames). With
 several samples, files are numbered. A contact sheet is written beside a video with --sheet=sheet.png.
@@ -17,6 +18,9 @@ from absl import flags
 from vdiff_jax.command import run_script
 
 _MODEL = flags.DEFINE_string("model", "shapes", "Bundled name, run folder or saved folder.")
+_LORA = flags.DEFINE_list(
+    "lora", [], "Low-rank updates of the model: files or run folders, each with :scale if not 1, separated by commas."
+)
 _PROMPT = flags.DEFINE_string("prompt", "", "What to show.")
 _NEGATIVE = flags.DEFINE_string("negative_prompt", "", "What to move away from.")
 _OUT = flags.DEFINE_string("out", "out.mp4", "Output file; its suffix decides the format.")
@@ -49,8 +53,11 @@ def main(_: list[str]) -> int:
     if _SHEET.value:
         check_writable(_SHEET.value)
     interval = _guidance_interval(_INTERVAL.value)
+    updates = [_lora(text) for text in _LORA.value]
     print(f"loading {_MODEL.value}", file=sys.stderr)
     model = load(_MODEL.value)
+    for path, scale in updates:
+        model = model.with_lora(path, scale)
     steps = _STEPS.value or model.settings.steps
     print(f"sampling {_NUM_SAMPLES.value} clip(s), {steps} steps (the first run compiles first)", file=sys.stderr)
     count, progress, shown = _NUM_SAMPLES.value, ProgressTimer("sampled"), []
@@ -82,6 +89,17 @@ def main(_: list[str]) -> int:
         save_image(_SHEET.value, sheet)
         print(_SHEET.value)
     return 0
+
+
+def _lora(text: str) -> tuple[str, float]:
+    """`path` or `path:scale`."""
+    path, colon, scale = text.rpartition(":")
+    if not colon:
+        return text, 1.0
+    try:
+        return path, float(scale)
+    except ValueError as error:
+        raise ValueError(f"--lora={text}: give a path, or path:scale with a number") from error
 
 
 def _guidance_interval(values: list[str] | None) -> tuple[float, float] | None:
