@@ -24,6 +24,7 @@ from vdiff_jax.streams import make_stream
 from vdiff_jax.training.checkpoint import Checkpoints
 from vdiff_jax.training.optimizer import OptimizerConfig, make_optimizer
 from vdiff_jax.training.step import init_sharded_state, make_train_step
+from vdiff_jax.training.writers import MetricWriter
 
 pytestmark = pytest.mark.filterwarnings("ignore:the prompt")  # the tiny encoder's words are few, its context short
 OLD = ["a red circle moving left", "green square on a grey background"]
@@ -39,7 +40,7 @@ def lora_recipe(model, model_folder, **lora):
     recipe.data.world_overrides.update(shapes=("star",), colours=("red",), empty_rate=0.0)
     recipe.lora.update(dict(rank=2, alpha=4.0, new_words=("star=circle",), prior_share=0.5) | lora)
     recipe.lora.prior.update(world_overrides=dict(shapes=("circle",), colours=("green",), empty_rate=0.0))
-    recipe.train.num_steps = 3
+    recipe.sample.update(prompts=("a red star",), num_frames=2, steps=1)
     return recipe
 
 
@@ -75,6 +76,8 @@ def trained(model, model_folder, tmp_path_factory):
         restored, _ = checkpoints.restore(jax.eval_shape(lambda: state), shardings)
         checkpoints.close()
     jax.tree.map(np.testing.assert_array_equal, restored, state)
+    stage.on_sample(3, state, writer := MetricWriter(folder))
+    writer.close()
     stage.finish(state, folder / "model")
     return stage, first, jax.device_get(state), folder
 
@@ -90,6 +93,7 @@ def test_only_the_update_is_trained_kept_and_saved(model, trained):
     # A has no gradient as long as B is zero, so after the first step it has moved in the later ones only; all moved.
     for before, after in zip(jax.tree.leaves(first.params), jax.tree.leaves(last.params), strict=True):
         assert np.abs(np.asarray(before) - np.asarray(after)).max() > 0
+    assert (folder / "samples" / "0000003.png").is_file()  # the preview
     size = sum(file.stat().st_size for file in (folder / "model").iterdir())
     assert size < 4 * sizes + 20_000
     # The base is the model's, bit for bit, before and after training.
@@ -236,12 +240,12 @@ def test_files_are_read_strictly(model, trained, tmp_path):
 
 def test_a_folder_of_clips_is_as_good_as_a_world(model, model_folder, tmp_path):
     frames = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3)).astype(np.uint8)
-    (tmp_path / "clips" / "train").mkdir(parents=True)
+    (tmp_path / "clips").mkdir()
     for name in ("one", "two"):
-        Clip(frames, 8.0).save(tmp_path / "clips" / "train" / f"{name}.mp4")
-        (tmp_path / "clips" / "train" / f"{name}.txt").write_text("a red rex moving left")
+        Clip(frames, 8.0).save(tmp_path / "clips" / f"{name}.mp4")
+        (tmp_path / "clips" / f"{name}.txt").write_text("a red rex moving left")
     recipe = lora_recipe(model, model_folder, new_words=("rex",), targets=("to_q",))
-    recipe.data.update(source="folder", folder=str(tmp_path / "clips"), native_fps=8.0, num_scenes=0)
+    recipe.data.update(source="folder", folder=str(tmp_path / "clips"), split="all", native_fps=8.0, num_scenes=0)
     recipe.lora.prior.update(source="shapes")
     stage = staged(recipe, tmp_path)
     batch = next(stage.batches_from(0))

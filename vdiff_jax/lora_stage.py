@@ -109,7 +109,8 @@ def split_batch(data: DataConfig, config: LoraConfig) -> tuple[DataConfig, DataC
         raise ValueError(
             f"lora.prior_share={config.prior_share} of data.batch_size={data.batch_size} leaves one part without clips"
         )
-    fresh = {"num_scenes": 0, "latent_cache": "", **config.prior, "batch_size": count}
+    # What says which clips are new does not say which are old.
+    fresh = {"num_scenes": 0, "latent_cache": "", "split": "train", **config.prior, "batch_size": count}
     fixed = {"size", "num_frames", "context_length"} & set(config.prior)
     if fixed:
         raise ValueError(f"lora.prior.{min(fixed)} cannot differ from the data section: both are one batch")

@@ -95,7 +95,8 @@ class LoraConfig:
     new_words: words to be learned that the model's tokenizer lacks; "orange=yellow" starts from another word's
         embedding, "orange" alone from the mean of all.
     prior_share: share of each batch that shows what the model was trained on, so that the rest is not forgotten.
-    prior: where that comes from: fields of the data section that differ, as `dict(source="folder", folder="old")`.
+    prior: where that comes from: fields of the data section that differ, as `dict(source="folder", folder="old")`;
+        `split` is "train" again, `num_scenes` and `latent_cache` are empty, unless given.
     """
 
     rank: int = 0
