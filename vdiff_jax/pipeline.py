@@ -51,7 +51,10 @@ ASSETS = Path(__file__).parent / "assets"
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a saved model knows beside its weights: native size and rate, the process it learned, sampling defaults."""
+    """What a saved model knows beside its weights: native size and rate, the process it learned, sampling defaults.
+
+    autoencoder_std: root mean square of decode(encode(video)) - video in -1..1; restoration adds it to the noise.
+    """
 
     size: int = 32
     fps: float = 8.0
@@ -64,6 +67,7 @@ class Settings:
     steps: int = 25
     guidance_scale: float = 3.0
     context_length: int = 24
+    autoencoder_std: float = 0.02
 
 
 class SamplingOptions(TypedDict, total=False):

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from vdiff_jax.editing import text_edit
+from vdiff_jax.editing.degradations import Degradation
 from vdiff_jax.sampling.inversion import NoiseTape, ddpm_inversion
-from vdiff_jax.sampling.job import nothing_known, uniform_plan
+from vdiff_jax.sampling.job import nothing_known, text_to_video_job, uniform_plan
+from vdiff_jax.sampling.posterior import PosteriorSampling
 from vdiff_jax.sampling.samplers import sample
 from vdiff_jax.types import Array, Conditioning, DenoiserWrapper, Known, Latents
 
@@ -151,3 +154,31 @@ def harmonise(
     options = EditOptions("sdedit", strength, steps, guidance_scale=1.0)
     prompts = [""] * len(jnp.asarray(latents)) if prompts is None else prompts
     return edit_by_prompt(model, latents, prompts, None, options, keys=keys, known=known, times=times)
+
+
+def restore(
+    model: VideoDiffusion,
+    observed: Any,
+    degradation: Degradation,
+    noise_std: Any,
+    shape: tuple[int, ...],
+    prompts: Sequence[str] | None = None,
+    *,
+    keys: Array,
+    steps: int | None = None,
+    iterations: int = 8,
+    known: Known | None = None,
+    times: Array | None = None,
+) -> Latents:
+    """Latents of `shape` (b, f, h, w, c) drawn from the posterior given `observed = degradation(video) + noise`.
+
+    noise_std: of the measurement in units of video (-1..1), see `PosteriorSampling`; the autoencoder's own error
+    (`Settings.autoencoder_std`) is added to it, as no latents can explain the measurement better than that.
+    iterations: of conjugate gradients in every step. prompts: one per clip or None. Guidance is off.
+    """
+    noise_std = jax.tree.map(lambda std: jnp.hypot(jnp.asarray(std), model.settings.autoencoder_std), noise_std)
+    cond = model.condition(prompts, times, shape)
+    job = text_to_video_job(keys, shape, model.schedule, model.steps(steps), cond, model.settings.noise)
+    job = job if known is None else dataclasses.replace(job, known=known)
+    posterior = PosteriorSampling(observed, degradation, noise_std, iterations)
+    return model.run(sample, job, model.sampler("dpmpp_2m"), keys, wrappers=(posterior,))
