@@ -5,16 +5,17 @@ denoiser's estimate as its mean and Tweedie's covariance C, and A as linear arou
 
     E[x | z, y] = x0_hat + C A^T (S + A C A^T)^-1 (y - A(x0_hat)),        S = diag(noise_std^2)
 
-which replaces the clean estimate; the sampler does not change. C carries what the prior knows of which pixels move
-together, and the decoder's shape: methods that put a multiple of the identity in its place are wrong by whole standard
-deviations behind a decoder. It costs one product with the transposed derivative of the denoiser per use.
+which replaces the clean estimate; the sampler does not change. C carries what the prior knows of which latents move
+together. A multiple of the identity in its place, as in other methods, leaves the mean of the samples wrong by a good
+part of the posterior's deviation behind a decoder (tests/sampling/test_posterior.py). C costs one product with the
+transposed derivative of the denoiser per use.
 
 The system is solved by conjugate gradients, every sample on its own, in units of the noise: with W = S^-1/2
 
     (1 + W A C A^T W) v = W (y - A(x0_hat)),        x' = x0_hat + C A^T W v.
 
 No eigenvalue lies below 1, and at no level does the large `sigma^2 / alpha` (150 at log-SNR -10) meet the solver alone:
-it stands in C, which is never larger than the prior's covariance. So fp32 is enough. Entries of different noise are on
+it stands in C, which is about as large as the prior's covariance. So fp32 is enough. Entries of different noise are on
 one scale, and a missing one (W = 0) is an equation 0 = 0. Fewer iterations than needed leave the directions in which
 the measurement says least to the prior.
 """
@@ -48,7 +49,7 @@ class PosteriorSampling:
         as a prefix of y's. inf = not observed. Behind a decoder, the autoencoder's own error belongs to it:
         sqrt(noise^2 + mse(measure(decode(encode(x))), measure(x))), or the sampler is made to fit what it cannot.
     iterations: of conjugate gradients, each one product with the transposed derivatives of denoiser and decoder, and
-        one with the decoder's derivative: two to three times the cost of a plain step.
+        one with the decoder's derivative.
     in_pixels: True: `measure` sees decode_fn(x0_hat). False: the latents themselves, and no decoder is needed.
     """
 
@@ -104,8 +105,9 @@ def conjugate_gradients(
     Lanczos's form of conjugate gradients: H G is projected on the Krylov space of the residual, T = V^T H G V, and the
     small system solved by eigenvalues, G v = (G V) Q (1 + Lambda)^-1 Q^T V^T residual. All directions are kept and each
     new one is made orthogonal to them twice. In exact arithmetic this is plain conjugate gradients; in fp32 the plain
-    recurrence has lost that after the strongest directions are found, by the fifth step or so. It also bears what an
-    imperfect network does: T is symmetrised, and a direction in which its variance comes out negative is left alone.
+    recurrence has lost that within eight steps, where few directions are much stronger than the others. It also bears an
+    imperfect network, whose C at high noise is neither symmetric nor positive: T is symmetrised, and a direction in
+    which its variance comes out negative is left alone.
 
     Every sample is solved on its own; one whose residual is zero, or used up early, stops there. An iteration applies
     each map once, and there is no call at the end.
