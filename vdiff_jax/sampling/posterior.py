@@ -105,8 +105,8 @@ def conjugate_gradients(
     Lanczos's form of conjugate gradients: H G is projected on the Krylov space of the residual, T = V^T H G V, and the
     small system solved by eigenvalues, G v = (G V) Q (1 + Lambda)^-1 Q^T V^T residual. All directions are kept and each
     new one is made orthogonal to them twice. In exact arithmetic this is plain conjugate gradients; in fp32 the plain
-    recurrence has lost that within eight steps, where few directions are much stronger than the others. It also bears an
-    imperfect network, whose C at high noise is neither symmetric nor positive: T is symmetrised, and a direction in
+    recurrence has lost that within eight steps, where few directions are much stronger than the others. It also bears
+    an imperfect network, whose C at high noise is neither symmetric nor positive: T is symmetrised, and a direction in
     which its variance comes out negative is left alone.
 
     Every sample is solved on its own; one whose residual is zero, or used up early, stops there. An iteration applies
