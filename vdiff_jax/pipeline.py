@@ -45,6 +45,7 @@ from vdiff_jax.types import (
     Params,
     Video,
 )
+from vdiff_jax.verbs import EditingVerbs
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -89,7 +90,7 @@ class SamplingOptions(TypedDict, total=False):
 
 
 @dataclasses.dataclass(frozen=True)
-class VideoDiffusion:
+class VideoDiffusion(EditingVerbs):
     """A model: components by name, their parameters, the tokenizer and the settings.
 
     components: any of "autoencoder", "text_encoder", "unet"; methods say which they need.
@@ -167,9 +168,11 @@ class VideoDiffusion:
         )
         frames = self.decode(latents)
         rate = fps or self.settings.fps / stride
-        used = {"seed": seed, "num_frames": len(frames[0]), **sampling}
+        defaults = {name: getattr(self.settings, name) for name in ("steps", "sampler", "guidance_scale")}
+        given = {name: value for name, value in sampling.items() if value is not None}
+        used = {**defaults, "seed": seed, "num_frames": len(frames[0]), **given}
         clips = [
-            Clip(clip, rate, self._provenance(text, {**used, "index": index}))
+            Clip(clip, rate, self.provenance(prompt=text, **used, index=index))
             for index, (clip, text) in enumerate(zip(frames, prompts), start=first_index)
         ]
         return clips[0] if isinstance(prompt, str) else clips
@@ -190,7 +193,7 @@ class VideoDiffusion:
             raise ValueError(f"num_frames={num_frames}: it must be at least 1")
         channels = self._unet().config.latent_channels
         return self.complete(
-            nothing_known((len(prompts), num_frames, *self._latent_size(size), channels)),
+            nothing_known((len(prompts), num_frames, *self.latent_size(size), channels)),
             prompts,
             keys=keys,
             times=stride * jnp.arange(num_frames, dtype=jnp.float32),
@@ -383,7 +386,7 @@ class VideoDiffusion:
     def _decode(self) -> Callable[..., Array]:
         return jax.jit(functools.partial(_decode_frames, self.components["autoencoder"].apply))
 
-    def _latent_size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
+    def latent_size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
         height, width = (size, size) if isinstance(size, int) else size or (self.settings.size, self.settings.size)
         factor = self.components["autoencoder"].config.factor
         multiple = factor * 2 ** (len(self.components["unet"].config.channels) - 1)
@@ -391,19 +394,13 @@ class VideoDiffusion:
             raise ValueError(f"size {height}x{width} does not fit this model: use multiples of {multiple}")
         return height // factor, width // factor
 
-    def _provenance(self, prompt: str, used: dict[str, Any]) -> dict[str, Any]:
-        defaults = {name: getattr(self.settings, name) for name in ("steps", "sampler", "guidance_scale")}
+    def provenance(self, **used: Any) -> dict[str, Any]:
+        """What every produced file tells of its making; None values are left out."""
         used = {name: value for name, value in used.items() if value is not None}
         if "guidance_interval" in used:  # json knows no infinity; the same form as the flag of sample.py
             used["guidance_interval"] = ",".join(f"{level:g}" for level in used["guidance_interval"])
-        return {
-            "made_by": f"vdiff_jax {__version__}",
-            "note": "AI-generated",
-            "model": self.digest,
-            "prompt": prompt,
-            **defaults,
-            **used,
-        }
+        made_by = {"made_by": f"vdiff_jax {__version__}", "note": "AI-generated", "model": self.digest}
+        return {**made_by, **used}
 
 
 def load(name: str | Path) -> VideoDiffusion:

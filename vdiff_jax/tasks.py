@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vdiff_jax.diffusion.process import scales
 from vdiff_jax.editing import text_edit
 from vdiff_jax.editing.degradations import Degradation
 from vdiff_jax.sampling.inversion import NoiseTape, ddpm_inversion
 from vdiff_jax.sampling.job import nothing_known, text_to_video_job, uniform_plan
 from vdiff_jax.sampling.posterior import PosteriorSampling
 from vdiff_jax.sampling.samplers import sample
-from vdiff_jax.types import Array, Conditioning, DenoiserWrapper, Known, Latents
+from vdiff_jax.types import Array, Conditioning, DenoiserWrapper, Job, Known, Latents
 
 if TYPE_CHECKING:
     from vdiff_jax.pipeline import VideoDiffusion
@@ -182,3 +183,31 @@ def restore(
     job = job if known is None else dataclasses.replace(job, known=known)
     posterior = PosteriorSampling(observed, degradation, noise_std, iterations)
     return model.run(sample, job, model.sampler("dpmpp_2m"), keys, wrappers=(posterior,))
+
+
+def denoise_from_level(
+    model: VideoDiffusion,
+    noisy: Latents,
+    latent_std: Any,
+    prompts: Sequence[str] | None = None,
+    *,
+    keys: Array,
+    steps: int | None = None,
+    known: Known | None = None,
+    times: Array | None = None,
+) -> Latents:
+    """Latents whose noise is white, of deviation `latent_std` (scalar or `[b]`): denoised from the level of that noise.
+
+    With `logsnr = -2 log(latent_std)` a noisy clip is, times alpha, exactly what the network sees at that level; so no
+    measurement is needed and every step costs one call.
+    """
+    level = -2 * jnp.log(jnp.maximum(jnp.asarray(latent_std, jnp.float32), 1e-4))
+    level = jnp.broadcast_to(level[:, None] if level.ndim else level, noisy.shape[:2])
+    start = model.schedule.u(jnp.clip(level, model.schedule.logsnr_min, model.schedule.logsnr_max))
+    share = jnp.linspace(1.0, 0.0, model.steps(steps) + 1)[:, None, None]
+    plan = model.schedule.logsnr(start[None] * share)
+    alpha, _ = scales(plan[0], noisy)
+    cond = model.condition(prompts, times, noisy.shape)
+    known = nothing_known(noisy.shape) if known is None else known
+    job = Job(z=alpha * noisy, plan=plan, known=known, cond=cond)
+    return model.run(sample, job, model.sampler("dpmpp_2m"), keys)

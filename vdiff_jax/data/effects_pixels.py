@@ -16,6 +16,7 @@ from typing import ParamSpec
 
 import numpy as np
 
+from vdiff_jax.data.transforms import resize_frames
 from vdiff_jax.data.video_io import Clip, Limits
 
 BT709_LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)
@@ -221,8 +222,6 @@ def _fast_length(length: int) -> int:
 @recorded
 def resize(clip: Clip, height_or_scale: float, width: int | None = None) -> Clip:
     """Stretch to height, width in pixels, or with one number by that scale; Lanczos, without aliasing."""
-    from PIL import Image
-
     h, w = clip.frames.shape[1:3]
     if width is None:
         check_range("resize", "scale", height_or_scale, 0.001, 1000)
@@ -234,11 +233,7 @@ def resize(clip: Clip, height_or_scale: float, width: int | None = None) -> Clip
     limits = Limits()
     if new_h * new_w > limits.max_pixels or clip.num_frames * new_h * new_w * 3 > limits.max_bytes:
         raise ValueError(f"resize: {clip.num_frames} frames of {new_h} x {new_w} are too large; choose a smaller size")
-    if (new_h, new_w) == (h, w):
-        return clip
-    lanczos = Image.Resampling.LANCZOS
-    images = [Image.fromarray(image).resize((new_w, new_h), lanczos, reducing_gap=3.0) for image in clip.frames]
-    return dataclasses.replace(clip, frames=np.stack([np.asarray(image) for image in images]))
+    return dataclasses.replace(clip, frames=resize_frames(clip.frames, new_h, new_w))
 
 
 @recorded

@@ -43,8 +43,6 @@ def centre_crop_resize(frames: np.ndarray, size: int | tuple[int, int]) -> np.nd
 
     Lanczos with its support widened when shrinking (no aliasing). Frames that already fit are returned as they are.
     """
-    from PIL import Image
-
     out_h, out_w = (size, size) if isinstance(size, int) else size
     if out_h < 1 or out_w < 1:
         raise ValueError(f"size must be positive, got {size}")
@@ -55,10 +53,20 @@ def centre_crop_resize(frames: np.ndarray, size: int | tuple[int, int]) -> np.nd
     crop_h, crop_w = max(1, round(out_h * scale)), max(1, round(out_w * scale))
     top, left = (h - crop_h) // 2, (w - crop_w) // 2
     cropped = frames[:, top : top + crop_h, left : left + crop_w]
-    if (crop_h, crop_w) == (out_h, out_w):
-        return cropped
-    filters = Image.Resampling.LANCZOS
-    resized = [Image.fromarray(f).resize((out_w, out_h), filters, reducing_gap=3.0) for f in cropped]
+    return resize_frames(cropped, out_h, out_w)
+
+
+def resize_frames(frames: np.ndarray, height: int, width: int) -> np.ndarray:
+    """u8 [f h w 3] -> u8 [f height width 3], stretched to that shape; frames that already fit are returned as they are.
+
+    Lanczos with its support widened when shrinking (no aliasing).
+    """
+    from PIL import Image
+
+    if frames.shape[1:3] == (height, width):
+        return frames
+    lanczos = Image.Resampling.LANCZOS
+    resized = [Image.fromarray(image).resize((width, height), lanczos, reducing_gap=3.0) for image in frames]
     return np.stack([np.asarray(image) for image in resized])
 
 

@@ -1,0 +1,189 @@
+"""Repairing a clip: noise, blur, low resolution, blocks, grey, or any degradation the user can write down.
+
+The cheapest way that is right comes first. Frames or whole tokens that are intact are known, and the rest is made
+around them, one call per step. White noise alone is a level of the process: denoise from there. Everything else is drawn from
+the posterior given the measurement (`sampling.posterior`), several times dearer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import ndimage
+
+from vdiff_jax import tasks
+from vdiff_jax.data.transforms import resize_frames, to_video
+from vdiff_jax.data.video_io import Clip
+from vdiff_jax.editing import degradations
+from vdiff_jax.editing.degradations import Degradation
+from vdiff_jax.editing.noise_estimate import estimate_noise
+from vdiff_jax.sampling.posterior import chi_square
+from vdiff_jax.sampling.windows import Window
+from vdiff_jax.session import Session
+from vdiff_jax.types import Array, Known, Latents
+
+RESTORE_TASKS = ("denoise", "salt_pepper", "deblur", "superres", "colorize", "unblock", "fill")
+ROUNDING_STD = 2 / 255 / np.sqrt(12)
+"""Deviation in -1..1 of what is lost in 8 bits."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """What is given of a clip at the model's size: `observed = degradation(video) + noise_std * noise`.
+
+    observed: `[1 f ...]`. noise_std: scalar or of its shape, inf where nothing is observed.
+    """
+
+    observed: np.ndarray
+    degradation: Degradation
+    noise_std: Any
+
+    def part(self, window: Window) -> Measurement:
+        """The measurement of a window's frames."""
+        frames = slice(window.start, window.stop)
+        std = self.noise_std[:, frames] if np.ndim(self.noise_std) > 1 else self.noise_std
+        parameters = jax.tree.map(
+            lambda leaf: leaf[:, frames] if np.ndim(leaf) == 5 else leaf, self.degradation.parameters
+        )
+        degradation = dataclasses.replace(self.degradation, parameters=parameters)
+        return Measurement(self.observed[:, frames], degradation, std)
+
+
+class Restoration(Session):
+    """Edits that give back what a clip has lost."""
+
+    def restore(
+        self,
+        task: str | Degradation = "denoise",
+        prompt: str = "",
+        *,
+        observed: np.ndarray | None = None,
+        noise_std: float | None = None,
+        factor: int = 4,
+        blur: float = 1.5,
+        block: int = 8,
+        mask: np.ndarray | None = None,
+        method: str = "posterior",
+        n_candidates: int = 1,
+        mean_of: int = 1,
+        steps: int | None = None,
+        iterations: int = 8,
+        seed: int = 0,
+    ) -> Clip:
+        """A clip drawn from those that explain what is given.
+
+        task: "denoise" (white noise), "salt_pepper" (pixels lost to black and white), "deblur" (Gaussian, std `blur`
+            pixels at the model's size), "superres" (the clip becomes `factor` times as large), "colorize", "unblock"
+            (every block of `block` pixels at the model's size holds only its mean), "fill" (the pixels under
+            `mask [f h w]` are lost; where whole tokens are intact, `inpaint` does the same for less), or a
+            `Degradation` with `observed [f ...]`, what it gave, at the model's size.
+        prompt: what the clip shows, if known. noise_std: of the measurement, pixels in 0..1; None = estimated for
+            "denoise", that of 8 bits otherwise.
+        method: "posterior", or "fast" for "denoise": from the level of the noise on, without a measurement.
+        n_candidates: draws, of which the one that explains the measurement best is taken.
+        mean_of: average of so many answers: nearer in squared error than any of them, and smoother.
+        steps, iterations: of sampling, and of the solver in each step.
+
+        Raises:
+            ValueError: an unknown task or method, or what it needs is missing.
+        """
+        if method not in ("posterior", "fast") or (method == "fast" and task != "denoise"):
+            raise ValueError(f"method={method!r} of {task!r}: choose posterior, or fast for denoise")
+        if min(n_candidates, mean_of) < 1:
+            raise ValueError(f"n_candidates={n_candidates}, mean_of={mean_of}: both must be at least 1")
+        std = None if noise_std is None else 2.0 * noise_std
+        given = self._measure(task, observed, std, factor, blur, block, mask)
+        prompts = [prompt] * n_candidates
+
+        def answer(seed: int) -> np.ndarray:
+            def make(number: int, window: Window, known: Known) -> Latents:
+                part = given.part(window)
+                keys = jax.random.split(self.keys(seed, number)[0], n_candidates)
+                arguments: dict[str, Any] = dict(keys=keys, steps=steps, times=self.times(window))
+                known = jax.tree.map(lambda leaf: jnp.repeat(leaf, n_candidates, axis=0), known)
+                if method == "fast":
+                    noisy, latent_std = self._noisy_latents(part)
+                    noisy = jnp.repeat(noisy, n_candidates, axis=0)
+                    drawn = tasks.denoise_from_level(self.model, noisy, latent_std, prompts, known=known, **arguments)
+                else:
+                    arguments |= dict(known=known, iterations=iterations)
+                    measured = (jnp.asarray(part.observed), part.degradation, part.noise_std)
+                    drawn = tasks.restore(self.model, *measured, known.latents.shape, prompts, **arguments)
+                return drawn if n_candidates == 1 else drawn[self._best(drawn, part)][None]
+
+            return self.decode(self.walk(make))
+
+        answers = [answer(seed + number).astype(np.float32) for number in range(mean_of)]
+        frames = np.rint(np.mean(answers, axis=0)).astype(np.uint8)
+        name = task if isinstance(task, str) else task.name
+        note = {"task": "restore", "restore": name, "prompt": prompt or None, "method": method, "seed": seed}
+        clip = self.finish(frames, note | {"n_candidates": n_candidates, "mean_of": mean_of})
+        if task == "superres":
+            height, width = (side * factor for side in self.clip.frames.shape[1:3])
+            clip = dataclasses.replace(clip, frames=resize_frames(frames, height, width))
+        return clip
+
+    def _measure(
+        self,
+        task: str | Degradation,
+        observed: np.ndarray | None,
+        noise_std: float | None,
+        factor: int,
+        blur: float,
+        block: int,
+        mask: np.ndarray | None,
+    ) -> Measurement:
+        """The clip as a measurement at the model's size."""
+        std = float(ROUNDING_STD if noise_std is None else noise_std)
+        if isinstance(task, Degradation):
+            if observed is None:
+                raise ValueError(f"restoring by {task.name!r} needs observed=: what the degradation gave, [f ...]")
+            return Measurement(np.asarray(observed, np.float32)[None], task, std)
+        video = to_video(self.frames)[None]
+        if task == "denoise":
+            std = float(estimate_noise(jnp.asarray(video))[0]) if noise_std is None else std
+            return Measurement(video, degradations.identity(), std)
+        if task == "salt_pepper":
+            seen = ~impulses(video)
+            return Measurement(video, degradations.identity(), np.where(seen, std, np.inf).astype(np.float32))
+        if task == "deblur":
+            return Measurement(video, degradations.gaussian_blur(blur), std)
+        if task == "superres":
+            if self.height % factor or self.width % factor:
+                raise ValueError(f"factor={factor} does not divide the model's {self.height}x{self.width} pixels")
+            small = resize_frames(self.clip.frames, self.height // factor, self.width // factor)
+            return Measurement(to_video(small)[None], degradations.downsample(factor), std)
+        if task == "colorize":
+            gray = degradations.grayscale()
+            return Measurement(np.asarray(gray(jnp.asarray(video))), gray, std)
+        if task == "unblock":
+            return Measurement(video, degradations.mosaic(block), std)
+        if task == "fill":
+            if mask is None:
+                raise ValueError("restoring by 'fill' needs mask=: the pixels that are lost, [f h w]")
+            lost = self.small_mask(mask)[None, ..., None] > 0.5
+            std_of = np.where(lost, np.inf, std).astype(np.float32) * np.ones_like(video)
+            return Measurement(video, degradations.identity(), std_of)
+        raise ValueError(f"restoration {task!r} is unknown: choose one of {', '.join(RESTORE_TASKS)}")
+
+    def _noisy_latents(self, part: Measurement) -> tuple[Latents, Array]:
+        """Latents of a noisy clip and the deviation of the noise in them, found by adding as much again."""
+        video = np.asarray(part.observed)
+        latents = self.model.encode(video)
+        noise = np.random.default_rng(0).standard_normal(video.shape).astype(np.float32) * float(part.noise_std)
+        return latents, jnp.sqrt(jnp.mean(jnp.square(self.model.encode(video + noise) - latents)))
+
+    def _best(self, drawn: Latents, part: Measurement) -> int:
+        video = to_video(self.model.decode(drawn))
+        explained = part.degradation(jnp.asarray(video))
+        return int(np.argmin(np.asarray(chi_square(jnp.asarray(part.observed), explained, part.noise_std))))
+
+
+def impulses(video: np.ndarray) -> np.ndarray:
+    """Pixels lost to black or white, bool `[b f h w c]`: at an end of the range and far from the median around."""
+    median = np.asarray(ndimage.median_filter(video, size=(1, 1, 3, 3, 1), mode="reflect"))
+    return (np.abs(video) > 0.98) & (np.abs(video - median) > 0.2)

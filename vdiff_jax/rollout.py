@@ -1,0 +1,110 @@
+"""Clips of any length: windows of the network one after the other, at constant memory.
+
+Every window knows the last frames that were made (motion goes on) and the first frame of the clip (things stay what
+they are). Three things hold drift down: what was made is shown under noise that is told to the network, so that it corrects
+it; the anchor; and a pull of the latents' statistics towards those of the first window.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+
+from vdiff_jax.editing import motion
+from vdiff_jax.sampling.job import CLEAN_LOGSNR
+from vdiff_jax.sampling.windows import CONTEXT_LOGSNR, pull_statistics
+from vdiff_jax.types import Array, Latents
+
+if TYPE_CHECKING:
+    from vdiff_jax.pipeline import VideoDiffusion
+
+
+@dataclasses.dataclass(frozen=True)
+class RollOut:
+    """How a clip goes on beyond the network's window.
+
+    window: frames the network sees at a time. context: of these, how many are the last ones made; two at least carry a
+        velocity. anchor: the first frame of the clip is shown as well, so that things stay what they are.
+    context_logsnr: level of the noise in which frames that were made are shown.
+    statistics: 0..1, pull of every window's latent mean and deviation per channel to the first window's.
+    """
+
+    window: int = 16
+    context: int = 3
+    anchor: bool = True
+    context_logsnr: float = CONTEXT_LOGSNR
+    statistics: float = 0.3
+
+    def __post_init__(self):
+        if self.context < 1 or self.context + self.anchor >= self.window:
+            raise ValueError(
+                f"context={self.context} of a window of {self.window} frames must be at least 1 and leave new frames"
+            )
+
+    @property
+    def new_frames(self) -> int:
+        """Frames that every window adds."""
+        return self.window - self.context - self.anchor
+
+
+LONGEST_ANCHOR = 64.0
+"""Native frame intervals; an anchor from longer ago is shown as if it were this far away, as none was in training."""
+
+
+def roll_out(
+    model: VideoDiffusion,
+    first: Latents,
+    num_frames: int,
+    prompts_at: Callable[[int], Sequence[str] | None],
+    options: RollOut | None = None,
+    *,
+    keys_at: Callable[[int], Array],
+    spacing: float = 1.0,
+    given: bool = False,
+    **sampling: Any,
+) -> Iterator[Latents]:
+    """Goes on after `first [b f h w c]`, window by window at constant memory; yields new latents `[b k h w c]`.
+
+    num_frames: how many frames to add; the last part is cut to them. prompts_at(i): the prompts of the window whose new
+    frames begin `i` frames after the first of `first`. keys_at(n): keys `[b]` of the n-th window. given: `first` is a
+    real clip, to be shown without noise as long as it is the context. sampling: `steps`, `guidance_scale`, ... as
+    `VideoDiffusion.complete`.
+
+    Raises:
+        ValueError: fewer frames in `first` than the context needs.
+    """
+    options = options or RollOut(window=model.settings.num_frames)
+    if first.shape[1] < options.context:
+        raise ValueError(
+            f"the clip has {first.shape[1]} frame(s), a context of {options.context} is asked: give a longer clip or a "
+            "smaller context"
+        )
+    anchor, statistics = first[:, :1], first
+    recent, done = first[:, -options.context :], first.shape[1]
+    end, number = first.shape[1] + num_frames, 0
+    real_left = options.context if given else 0  # frames of the context that are real
+    while done < end:
+        far = -min((done - options.context) * spacing, LONGEST_ANCHOR)
+        line = motion.continuation(
+            recent,
+            options.new_frames,
+            spacing,
+            anchor if options.anchor else None,
+            jnp.asarray([far]) if options.anchor else None,
+        )
+        # Each known frame at a level of its own: what was made is shown under noise, what was given is clean.
+        made = jnp.arange(line.times.shape[0]) >= options.anchor + real_left
+        made = made.at[0].set(not given) if options.anchor else made
+        level = jnp.where(made, options.context_logsnr, CLEAN_LOGSNR)
+        known = dataclasses.replace(line.known, logsnr=jnp.broadcast_to(level, line.known.logsnr.shape))
+        window = model.complete(known, prompts_at(done), keys=keys_at(number), times=line.times, **sampling)
+        new = window[:, options.anchor + options.context :]
+        if options.statistics:
+            new = pull_statistics(new, statistics, options.statistics)
+        recent = jnp.concatenate([recent, new], axis=1)[:, -options.context :]
+        real_left = max(0, real_left - options.new_frames)
+        yield new[:, : end - done]
+        done, number = done + new.shape[1], number + 1

@@ -1,0 +1,166 @@
+"""A clip brought to a model and back: size, windows, latents that are kept, and the finished clip.
+
+The model has a size and a window of its own; a clip has another size, any length, a rate and a sound. `Session` brings
+the clip to the model (stretched to its size, cut into windows that share frames) and what was made back to the clip:
+its size, its rate, its sound, and the fine detail that the model's size cannot hold, wherever nothing was changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import ndimage
+
+from vdiff_jax.data.transforms import resize_frames, to_video
+from vdiff_jax.data.video_io import Clip
+from vdiff_jax.sampling.job import nothing_known
+from vdiff_jax.sampling.windows import Window, window_slices, with_context
+from vdiff_jax.types import Array, Known, Latents
+
+if TYPE_CHECKING:
+    from vdiff_jax.pipeline import VideoDiffusion
+
+DETAIL_REACH = 0.06
+"""How much of 0..1 a pixel may have changed until its old fine detail is left out by about two thirds."""
+
+
+class Session:
+    """One clip open for one model. Latents are encoded once; compiled functions are the model's, shared by all.
+
+    size: pixels the model works at, one number or (height, width); default: as trained.
+    window: frames the model sees at a time; default: as it generates. overlap: frames that windows share.
+    stride: time between the clip's frames in native frame intervals.
+    """
+
+    def __init__(
+        self,
+        model: VideoDiffusion,
+        clip: Clip,
+        *,
+        size: int | tuple[int, int] | None = None,
+        window: int | None = None,
+        overlap: int = 3,
+        stride: float = 1.0,
+    ):
+        if not stride > 0:
+            raise ValueError(f"stride={stride}: it must be above 0")
+        self.model, self.clip, self.stride = model, clip, stride
+        self.latent_size = model.latent_size(size)
+        factor = model.components["autoencoder"].config.factor
+        self.height, self.width = (side * factor for side in self.latent_size)
+        self.window = model.settings.num_frames if window is None else window
+        self.overlap = min(overlap, max(self.window - 1, 0))
+        window_slices(clip.num_frames, self.window, self.overlap)  # refuses what cannot be, before any work
+
+    @functools.cached_property
+    def frames(self) -> np.ndarray:
+        """The clip at the model's size, u8 `[f h w 3]`."""
+        return resize_frames(self.clip.frames, self.height, self.width)
+
+    @functools.cached_property
+    def latents(self) -> Latents:
+        """Final latents `[1 f h w c]` of the clip."""
+        return self.encode(self.frames)
+
+    @functools.cached_property
+    def reconstruction(self) -> np.ndarray:
+        """What the autoencoder alone makes of the clip, u8 `[f h w 3]`: the part of an error that is not the edit's."""
+        return self.decode(self.latents)
+
+    def encode(self, frames: np.ndarray) -> Latents:
+        """u8 `[f h w 3]` -> final latents `[1 f h w c]`, one window at a time."""
+        return self._by_window(lambda part: np.asarray(self.model.encode(to_video(part)[None])), frames)
+
+    def decode(self, latents: Latents | np.ndarray) -> np.ndarray:
+        """Final latents `[1 f h w c]` -> u8 `[f h w 3]`, one window at a time."""
+        return self._by_window(lambda part: self.model.decode(part[None]), np.asarray(latents)[0])[0]
+
+    def _by_window(self, function: Callable[[np.ndarray], np.ndarray], frames: np.ndarray) -> Any:
+        """`function` of parts of one length, the last filled up, so that nothing compiles anew for other lengths."""
+        length = min(self.window, len(frames))
+        parts = []
+        for start in range(0, len(frames), length):
+            part = frames[start : start + length]
+            filled = np.concatenate([part, np.repeat(part[-1:], length - len(part), axis=0)])
+            parts.append(function(filled)[:, : len(part)])
+        return np.concatenate(parts, axis=1)
+
+    def keys(self, seed: int, number: int = 0) -> Array:
+        """The key `[1]` of window `number`."""
+        return jax.random.split(jax.random.fold_in(jax.random.key(seed), number), 1)
+
+    def times(self, window: Window) -> Array:
+        """Time stamps `[f]` of a window's frames."""
+        return self.stride * jnp.arange(window.stop - window.start, dtype=jnp.float32)
+
+    def walk(self, make: Callable[[int, Window, Known], Latents], known: Known | None = None) -> np.ndarray:
+        """`make(number, window, known)` over all windows of the clip; returns latents `[1 f h w c]`.
+
+        known: what is given of the whole clip. Later windows also know the frames that the one before has made.
+        """
+        known = nothing_known(self.latents.shape) if known is None else known
+        made = np.array(self.latents, np.float32)
+        for number, window in enumerate(window_slices(made.shape[1], self.window, self.overlap)):
+            part = jax.tree.map(lambda leaf: leaf[:, window.start : window.stop], known)  # noqa: B023
+            part = with_context(part, jnp.asarray(made[:, window.start : window.start + window.context]))
+            made[:, window.start : window.stop] = np.asarray(make(number, window, part))
+        return made
+
+    def on(self, clip: Clip) -> Self:
+        """A session on another clip with the same settings."""
+        size = (self.height, self.width)
+        return type(self)(self.model, clip, size=size, window=self.window, overlap=self.overlap, stride=self.stride)
+
+    def small_mask(self, mask: np.ndarray) -> np.ndarray:
+        """The mask at the model's size: what a covered pixel touches is covered; `[f h w]` f32, 0 or 1."""
+        mask = np.asarray(mask)
+        if mask.shape != self.clip.frames.shape[:3]:
+            raise ValueError(f"the mask has shape {mask.shape}, the clip {self.clip.frames.shape[:3]}: they must agree")
+        covered = mask > 0.5
+        for axis, size in ((1, self.height), (2, self.width)):
+            covered = _cover_cells(covered, axis, size)
+        return covered.astype(np.float32)
+
+    # Back to the clip --------------------------------------------------------------------------------------------
+
+    def finish(self, frames: np.ndarray, note: dict[str, Any], keep_detail: bool = False, **changes: Any) -> Clip:
+        """Frames u8 `[f h w 3]` at the model's size as a clip of the input's size, rate and sound.
+
+        note: what was done, for the provenance. keep_detail: give back the input's fine detail, and what the
+        autoencoder lost, where nothing was changed; needs as many frames as the clip has.
+        changes: fields of the clip to replace, as `fps` or `sound`.
+        """
+        full = resize_frames(frames, *self.clip.frames.shape[1:3])
+        if keep_detail:
+            full = self._with_detail(full, frames)
+        return dataclasses.replace(self.clip, frames=full, metadata=self._note(note), **changes)
+
+    def _with_detail(self, full: np.ndarray, frames: np.ndarray) -> np.ndarray:
+        """Adds the input minus its reconstruction, faded out where the frames differ from the reconstruction."""
+        detail = self.clip.frames.astype(np.float32) - resize_frames(self.reconstruction, *self.clip.frames.shape[1:3])
+        change = np.abs(frames.astype(np.float32) - self.reconstruction).max(axis=-1) / 255.0
+        change = ndimage.maximum_filter(change, size=(1, 3, 3))
+        share = (255 * np.exp(-np.square(change / DETAIL_REACH))).astype(np.uint8)
+        share = resize_frames(np.repeat(share[..., None], 3, axis=-1), *self.clip.frames.shape[1:3])[..., :1]
+        return np.clip(np.rint(full + detail * (share.astype(np.float32) / 255.0)), 0, 255).astype(np.uint8)
+
+    def _note(self, note: dict[str, Any]) -> dict[str, Any]:
+        edits = [*self.clip.metadata.get("edits", []), {key: value for key, value in note.items() if value is not None}]
+        return {**self.clip.metadata, **self.model.provenance(), "edits": edits}
+
+
+def _cover_cells(covered: np.ndarray, axis: int, size: int) -> np.ndarray:
+    """Bool array with `axis` brought to `size` cells, True where any pixel that overlaps the cell is."""
+    old = covered.shape[axis]
+    if old == size:
+        return covered
+    edges = np.arange(size + 1) * old / size
+    first, last = np.floor(edges[:-1] + 1e-9).astype(int), np.ceil(edges[1:] - 1e-9).astype(int)
+    parts = [covered.take(range(a, b), axis).any(axis) for a, b in zip(first, last)]
+    return np.stack(parts, axis)
