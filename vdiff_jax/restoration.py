@@ -1,8 +1,8 @@
 """Repairing a clip: noise, blur, low resolution, blocks, grey, or any degradation the user can write down.
 
 The cheapest way that is right comes first. Frames or whole tokens that are intact are known, and the rest is made
-around them, one call per step. White noise alone is a level of the process: denoise from there. Everything else is drawn from
-the posterior given the measurement (`sampling.posterior`), several times dearer.
+around them, one call per step. White noise alone is a level of the process: denoise from there. Everything else is
+drawn from the posterior given the measurement (`sampling.posterior`), several times dearer.
 """
 
 from __future__ import annotations

@@ -1,18 +1,22 @@
 """Clips of any length: windows of the network one after the other, at constant memory.
 
 Every window knows the last frames that were made (motion goes on) and the first frame of the clip (things stay what
-they are). Three things hold drift down: what was made is shown under noise that is told to the network, so that it corrects
-it; the anchor; and a pull of the latents' statistics towards those of the first window.
+they are). Three things hold drift down: what was made is shown under noise that is told to the network, so that it
+corrects it; the anchor; and a pull of the latents' statistics towards those of the first window.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
+from vdiff_jax.data.video_io import Clip
 from vdiff_jax.editing import motion
 from vdiff_jax.sampling.job import CLEAN_LOGSNR
 from vdiff_jax.sampling.windows import CONTEXT_LOGSNR, pull_statistics
@@ -20,6 +24,18 @@ from vdiff_jax.types import Array, Latents
 
 if TYPE_CHECKING:
     from vdiff_jax.pipeline import VideoDiffusion
+
+
+PromptTimes = str | Mapping[int, str]
+"""One prompt, or {frame: prompt} with each in force from its frame on."""
+
+
+def prompt_at(prompts: PromptTimes, frame: int) -> str:
+    """The prompt in force at a frame; before the first one's frame, the first."""
+    if isinstance(prompts, str):
+        return prompts
+    starts = sorted(prompts)
+    return prompts[starts[max(0, bisect.bisect_right(starts, frame) - 1)]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,3 +124,54 @@ def roll_out(
         real_left = max(0, real_left - options.new_frames)
         yield new[:, : end - done]
         done, number = done + new.shape[1], number + 1
+
+
+def generate_long(
+    model: VideoDiffusion,
+    prompt: PromptTimes,
+    num_frames: int,
+    *,
+    seed: int = 0,
+    size: int | tuple[int, int] | None = None,
+    stride: float = 1.0,
+    fps: float | None = None,
+    options: RollOut | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    **sampling: Any,
+) -> Clip:
+    """Text to a clip of any length, window by window.
+
+    prompt: one, or {frame: prompt}, each in force from its frame on. options: see `RollOut`. progress(frames made,
+    frames in all) after every window. The other arguments are those of `VideoDiffusion.generate`.
+
+    Raises:
+        ValueError: no frame asked, or settings that cannot be.
+    """
+    options = options or RollOut(window=model.settings.num_frames)
+    if num_frames < 1:
+        raise ValueError(f"num_frames={num_frames}: it must be at least 1")
+
+    def keys_at(number: int) -> Array:
+        return jax.random.split(jax.random.fold_in(jax.random.key(seed), number), 1)
+
+    shared: dict[str, Any] = dict(size=size, stride=stride, num_frames=options.window)
+    first = model.generate_latents([prompt_at(prompt, 0)], keys=keys_at(0), **shared, **sampling)
+    frames = [model.decode(first)[0]]
+    progress(min(options.window, num_frames), num_frames)
+    if num_frames > options.window:
+        parts = roll_out(
+            model,
+            first,
+            num_frames - options.window,
+            lambda done: [prompt_at(prompt, done)],
+            options,
+            keys_at=lambda number: keys_at(number + 1),
+            spacing=stride,
+            **sampling,
+        )
+        for part in parts:
+            frames.append(model.decode(part)[0])
+            progress(sum(map(len, frames)), num_frames)
+    used = {"seed": seed, "num_frames": num_frames, **dataclasses.asdict(options), **sampling}
+    note = model.provenance(prompt=prompt if isinstance(prompt, str) else str(dict(prompt)), **used)
+    return Clip(np.concatenate(frames)[:num_frames], fps or model.settings.fps / stride, note)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,21 +12,10 @@ from vdiff_jax import rollout
 from vdiff_jax.data.effects import concatenate, resize, set_fps
 from vdiff_jax.data.video_io import Clip
 from vdiff_jax.editing import motion
-from vdiff_jax.rollout import RollOut
+from vdiff_jax.rollout import PromptTimes, RollOut, prompt_at
 from vdiff_jax.sampling.job import known_frames
 from vdiff_jax.sampling.windows import window_slices
 from vdiff_jax.session import Session
-
-PromptTimes = str | Mapping[int, str]
-"""One prompt, or {frame: prompt} with each in force from its frame on."""
-
-
-def prompt_at(prompts: PromptTimes, frame: int) -> str:
-    """The prompt in force at a frame; before the first one's frame, the first."""
-    if isinstance(prompts, str):
-        return prompts
-    starts = sorted(prompts)
-    return prompts[starts[max(0, bisect.bisect_right(starts, frame) - 1)]]
 
 
 class TimeEdits(Session):

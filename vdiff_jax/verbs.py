@@ -12,7 +12,7 @@ import numpy as np
 from vdiff_jax.data.video_io import Clip
 from vdiff_jax.editing.degradations import Degradation
 from vdiff_jax.editor import Editor
-from vdiff_jax.time_edits import PromptTimes
+from vdiff_jax.rollout import PromptTimes, generate_long
 
 if TYPE_CHECKING:
     from vdiff_jax.pipeline import Settings
@@ -30,6 +30,10 @@ class EditingVerbs:
         """A session on one clip; session: `size, window, overlap, stride` as in `Session`."""
         clip = video if isinstance(video, Clip) else Clip(np.asarray(video), self.settings.fps)
         return Editor(self, clip, **session)  # pyright: ignore[reportArgumentType]
+
+    def generate_long(self, prompt: PromptTimes, num_frames: int, **options: Any) -> Clip:
+        """Text to a clip of any length, at constant memory. See `rollout.generate_long`."""
+        return generate_long(self, prompt, num_frames, **options)  # pyright: ignore[reportArgumentType]
 
     def edit(self, video: ClipLike, prompt: str, source_prompt: str = "", **options: Any) -> Clip:
         """Change what the clip shows: subject, colour, weather, background. See `Editor.edit`."""
