@@ -4,14 +4,14 @@
         --source_prompt="a red circle moving right" --prompt="a blue square moving right"
     python edit.py --task=inpaint --input=in.mp4 --mask=box:4,6,12,10 --prompt="an empty grey background" --out=out.mp4
     python edit.py --task=restore --restore=superres --factor=4 --input=small.mp4 --out=large.mp4
-    python edit.py --task=interpolate --factor=4 --stride=4 --input=in.mp4 --out=slow.mp4 --then="saturation=1.3;reverse"
+    python edit.py --task=interpolate --factor=4 --stride=4 --input=in.mp4 --out=slow.mp4 --then="saturation=1.3"
     python edit.py --task=extend --num_frames=96 --input=in.mp4 --out=long.mp4 \\
         --prompt_at="0:a red circle moving right" --prompt_at="48:a red circle moving left"
 
-Tasks: edit, inpaint, outpaint, camera, restore, interpolate, extend, join, loop, from_ends, harmonise, stylize, anomaly,
-and none, which only applies the effects of --then. The output has the size, rate and sound of the input. Masks: an image
-or video (white = change), box:X,Y,W,H, box:FRAME:X,Y,W,H;FRAME:X,Y,W,H, colour:#RRGGBB,DISTANCE, and ! before any for
-all but that. The suffix of --out decides the format: .mp4 .webm .gif .png (contact sheet) or none (a folder of frames).
+Tasks: edit, inpaint, outpaint, camera, restore, interpolate, extend, join, loop, from_ends, harmonise, stylize,
+anomaly, and none, which only applies the effects of --then. The output has the size, rate and sound of the input.
+Masks: an image or video (white = change), box:X,Y,W,H, box:FRAME:X,Y,W,H;FRAME:X,Y,W,H, colour:#RRGGBB,DISTANCE, and !
+before any for all but that. The suffix of --out decides the format: .mp4 .webm .gif .png (contact sheet) or none.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ import sys
 
 from absl import flags
 
-from vdiff_jax.command import run_script
+from vdiff_jax.command import lora_updates, run_script
 
 TASKS = "edit inpaint outpaint camera restore interpolate extend join loop from_ends harmonise stylize anomaly none"
 _MODEL = flags.DEFINE_string("model", "shapes", "Bundled name, run folder or saved folder.")
+_LORA = flags.DEFINE_list("lora", [], "Low-rank updates of the model, path or path:scale, separated by commas.")
 _TASK = flags.DEFINE_enum("task", "edit", TASKS.split(), "What to do.")
 _INPUT = flags.DEFINE_string("input", None, "The video to edit.", required=True)
 _OUT = flags.DEFINE_string("out", "out.mp4", "Output file; its suffix decides the format.")
@@ -31,17 +32,13 @@ _SHEET = flags.DEFINE_string("sheet", "", "Also write a contact sheet (.png), in
 _PROMPT = flags.DEFINE_string("prompt", "", "What the result shall show.")
 _SOURCE = flags.DEFINE_string("source_prompt", "", "What the input shows (edit).")
 _NEGATIVE = flags.DEFINE_string("negative_prompt", None, "What to move away from (edit, inpaint).")
-_PROMPT_AT = flags.DEFINE_multi_string(
-    "prompt_at", None, "FRAME:PROMPT, in force from there on (extend); repeat it."
-)
+_PROMPT_AT = flags.DEFINE_multi_string("prompt_at", None, "FRAME:PROMPT, in force from there on (extend); repeat it.")
 _METHOD = flags.DEFINE_string("method", None, "edit: flow, inversion, ddpm, sdedit. restore: posterior, fast.")
 _STRENGTH = flags.DEFINE_float("strength", None, "0..1, how much may change (edit, harmonise, stylize).")
 _STRUCTURE = flags.DEFINE_enum("structure", None, ["luminance", "lowpass"], "Hold on to this of the input (edit).")
 _MASK = flags.DEFINE_string("mask", None, "What to change (edit, inpaint, restore); see above.")
 _GROW = flags.DEFINE_integer("mask_grow", 0, "Pixels by which the mask is widened.", lower_bound=0)
-_RESTORE = flags.DEFINE_string(
-    "restore", "denoise", "denoise salt_pepper deblur superres colorize unblock fill."
-)
+_RESTORE = flags.DEFINE_string("restore", "denoise", "denoise salt_pepper deblur superres colorize unblock fill.")
 _NOISE = flags.DEFINE_float("noise_std", None, "Noise of the input in 0..1 (restore); default: estimated.")
 _FACTOR = flags.DEFINE_integer("factor", None, "Of interpolate (frames) and superres (size).", lower_bound=2)
 _BLUR = flags.DEFINE_float("blur", None, "Pixels at the model's size (restore deblur).")
@@ -82,6 +79,8 @@ def main(_: list[str]) -> int:
     if _TASK.value != "none":
         print(f"loading {_MODEL.value}", file=sys.stderr)
         model = load(_MODEL.value)
+        for path, scale in lora_updates(_LORA.value):
+            model = model.with_lora(path, scale)
         editor = model.editor(clip, size=_SIZE.value, window=_WINDOW.value, stride=_STRIDE.value)
         print(f"{_TASK.value}: {clip.num_frames} frames (the first run compiles first)", file=sys.stderr)
         result = run_task(editor, _TASK.value, flags.FLAGS.flag_values_dict(), mask)

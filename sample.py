@@ -3,19 +3,23 @@
     python sample.py --model=shapes --prompt="a red circle moving right" --out=out.mp4
     python sample.py --model=runs/mine --prompt="a dog runs" --out=out.webm --num_samples=4 --seed=7
     python sample.py --model=shapes --lora=runs/shapes_lora --prompt="a red star moving up" --out=star.gif
+    python sample.py --model=shapes --num_frames=160 --prompt="a red circle standing still" --out=long.mp4
+    python sample.py --num_frames=48 --prompt_at="0:a red ring moving left" --prompt_at="24:a red ring moving right"
 
 The suffix of --out decides the format: .mp4, .webm, .gif, .png (contact sheet) or none (a folder of frames). With
-several samples, files are numbered. A contact sheet is written beside a video with --sheet=sheet.png.
+several samples, files are numbered. A contact sheet is written beside a video with --sheet=sheet.png. Clips of more
+than twice the model's own length, and those with --prompt_at, are made window by window (--window), at constant memory.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
-from vdiff_jax.command import run_script
+from vdiff_jax.command import lora_updates, prompts_over_time, run_script
 
 _MODEL = flags.DEFINE_string("model", "shapes", "Bundled name, run folder or saved folder.")
 _LORA = flags.DEFINE_list(
@@ -23,6 +27,10 @@ _LORA = flags.DEFINE_list(
 )
 _PROMPT = flags.DEFINE_string("prompt", "", "What to show.")
 _NEGATIVE = flags.DEFINE_string("negative_prompt", "", "What to move away from.")
+_PROMPT_AT = flags.DEFINE_multi_string(
+    "prompt_at", [], "FRAME:PROMPT, in force from there on; repeat it."
+)
+_WINDOW = flags.DEFINE_integer("window", None, "Frames of a window of long clips; default: the model's own.")
 _OUT = flags.DEFINE_string("out", "out.mp4", "Output file; its suffix decides the format.")
 _SHEET = flags.DEFINE_string("sheet", "", "Also write a contact sheet (.png) here.")
 _NUM_FRAMES = flags.DEFINE_integer("num_frames", None, "Frames of the clip; default: as the model was trained.")
@@ -47,13 +55,14 @@ def main(_: list[str]) -> int:
     from vdiff_jax.data.video_io import check_writable, contact_sheet, save_image
     from vdiff_jax.pipeline import load
     from vdiff_jax.progress import ProgressTimer
+    from vdiff_jax.rollout import RollOut
 
     out = Path(_OUT.value)
     check_writable(out)  # before any work is spent
     if _SHEET.value:
         check_writable(_SHEET.value)
     interval = _guidance_interval(_INTERVAL.value)
-    updates = [_lora(text) for text in _LORA.value]
+    updates, prompts = lora_updates(_LORA.value), prompts_over_time(_PROMPT_AT.value)
     print(f"loading {_MODEL.value}", file=sys.stderr)
     model = load(_MODEL.value)
     for path, scale in updates:
@@ -61,45 +70,42 @@ def main(_: list[str]) -> int:
     steps = _STEPS.value or model.settings.steps
     print(f"sampling {_NUM_SAMPLES.value} clip(s), {steps} steps (the first run compiles first)", file=sys.stderr)
     count, progress, shown = _NUM_SAMPLES.value, ProgressTimer("sampled"), []
-    for start in range(0, count, _BATCH.value):
-        clips = model.generate(
-            [_PROMPT.value] * min(_BATCH.value, count - start),
-            negative_prompt=_NEGATIVE.value,
-            num_frames=_NUM_FRAMES.value,
-            size=_SIZE.value,
-            steps=_STEPS.value,
-            guidance_scale=_GUIDANCE.value,
-            guidance_interval=interval,
-            guidance_rescale=_RESCALE.value,
-            sampler=_SAMPLER.value,
-            eta=_ETA.value,
-            seed=_SEED.value,
-            first_index=_FIRST.value + start,
-            fps=_FPS.value,
-            stride=_STRIDE.value,
-        )
+    sampling: dict[str, Any] = dict(
+        negative_prompt=_NEGATIVE.value,
+        steps=_STEPS.value,
+        guidance_scale=_GUIDANCE.value,
+        guidance_interval=interval,
+        guidance_rescale=_RESCALE.value,
+        sampler=_SAMPLER.value,
+        eta=_ETA.value,
+    )
+    form: dict[str, Any] = dict(size=_SIZE.value, seed=_SEED.value, fps=_FPS.value, stride=_STRIDE.value)
+    num_frames = _NUM_FRAMES.value or model.settings.num_frames
+    long = bool(prompts) or num_frames > 2 * model.settings.num_frames
+    batch = 1 if long else _BATCH.value
+    for start in range(0, count, batch):
+        first = _FIRST.value + start
+        if long:
+            options = RollOut(window=_WINDOW.value or model.settings.num_frames)
+            timer = ProgressTimer(f"clip {first}", unit="frames")
+            clip = model.generate_long(
+                prompts or _PROMPT.value, num_frames, index=first, options=options, progress=timer, **form, **sampling
+            )
+            clips = [clip]
+        else:
+            texts = [_PROMPT.value] * min(batch, count - start)
+            clips = model.generate(texts, num_frames=_NUM_FRAMES.value, first_index=first, **form, **sampling)
         for index, clip in enumerate(clips, start=_FIRST.value + start):  # at once: an interruption loses one batch
             path = out if count == 1 else out.with_name(f"{out.stem}_{index}{out.suffix}")
             clip.save(path)
             print(path)
         shown += [clip.frames for clip in clips] if _SHEET.value else []
-        progress(min(start + _BATCH.value, count), count)
+        progress(min(start + batch, count), count)
     if _SHEET.value:
         sheet = contact_sheet(shown, columns=shown[0].shape[0])
         save_image(_SHEET.value, sheet)
         print(_SHEET.value)
     return 0
-
-
-def _lora(text: str) -> tuple[str, float]:
-    """`path` or `path:scale`."""
-    path, colon, scale = text.rpartition(":")
-    if not colon:
-        return text, 1.0
-    try:
-        return path, float(scale)
-    except ValueError as error:
-        raise ValueError(f"--lora={text}: give a path, or path:scale with a number") from error
 
 
 def _guidance_interval(values: list[str] | None) -> tuple[float, float] | None:
