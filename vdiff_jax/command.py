@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -44,6 +44,37 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
             return _fail(_recipe_sentence(str(error)))
 
     app.run(guarded, flags_parser=_parse)
+
+
+def prompts_over_time(texts: Sequence[str]) -> dict[int, str]:
+    """["0:a circle", "48:a square"] -> {0: "a circle", 48: "a square"}.
+
+    Raises:
+        ValueError: a text without a frame number before its first colon.
+    """
+    prompts: dict[int, str] = {}
+    for text in texts:
+        frame, colon, prompt = text.partition(":")
+        if not colon or not frame.strip().isdigit():
+            raise ValueError(f"--prompt_at={text!r}: give FRAME:PROMPT, as 48:a red circle moving left")
+        prompts[int(frame)] = prompt.strip()
+    return prompts
+
+
+def lora_updates(texts: Sequence[str]) -> list[tuple[str, float]]:
+    """What `--lora` names: `path` or `path:scale` each, as (path, scale).
+
+    Raises:
+        ValueError: a scale that is no number.
+    """
+    updates = []
+    for text in texts:
+        path, colon, scale = text.rpartition(":")
+        try:
+            updates.append((path, float(scale)) if colon else (text, 1.0))
+        except ValueError as error:
+            raise ValueError(f"--lora={text}: give a path, or path:scale with a number") from error
+    return updates
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vdiff_jax.command import prompts_over_time
 from vdiff_jax.data.transforms import resize_frames
 from vdiff_jax.data.video_io import Clip, contact_sheet, read_video
 
@@ -67,21 +68,6 @@ def run_task(editor: Editor, task: str, values: Mapping[str, Any], mask: np.ndar
     if task == "anomaly":
         return editor.anomaly(prompt=prompt).overlay(editor.clip)
     raise ValueError(f"task {task!r} is unknown")
-
-
-def prompts_over_time(texts: Sequence[str]) -> dict[int, str]:
-    """["0:a circle", "48:a square"] -> {0: "a circle", 48: "a square"}.
-
-    Raises:
-        ValueError: a text without a frame number before its first colon.
-    """
-    prompts: dict[int, str] = {}
-    for text in texts:
-        frame, colon, prompt = text.partition(":")
-        if not colon or not frame.strip().isdigit():
-            raise ValueError(f"--prompt_at={text!r}: give FRAME:PROMPT, as 48:a red circle moving left")
-        prompts[int(frame)] = prompt.strip()
-    return prompts
 
 
 def numbers(name: str, texts: Sequence[str], count: int) -> list[float]:

@@ -132,6 +132,7 @@ def generate_long(
     num_frames: int,
     *,
     seed: int = 0,
+    index: int = 0,
     size: int | tuple[int, int] | None = None,
     stride: float = 1.0,
     fps: float | None = None,
@@ -141,8 +142,9 @@ def generate_long(
 ) -> Clip:
     """Text to a clip of any length, window by window.
 
-    prompt: one, or {frame: prompt}, each in force from its frame on. options: see `RollOut`. progress(frames made,
-    frames in all) after every window. The other arguments are those of `VideoDiffusion.generate`.
+    prompt: one, or {frame: prompt}, each in force from its frame on. The clip depends on (seed, index) only.
+    options: see `RollOut`. progress(frames made, frames in all) after every window. The other arguments are those of
+    `VideoDiffusion.generate`.
 
     Raises:
         ValueError: no frame asked, or settings that cannot be.
@@ -152,7 +154,8 @@ def generate_long(
         raise ValueError(f"num_frames={num_frames}: it must be at least 1")
 
     def keys_at(number: int) -> Array:
-        return jax.random.split(jax.random.fold_in(jax.random.key(seed), number), 1)
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), number)
+        return key[None]
 
     shared: dict[str, Any] = dict(size=size, stride=stride, num_frames=options.window)
     first = model.generate_latents([prompt_at(prompt, 0)], keys=keys_at(0), **shared, **sampling)
@@ -172,6 +175,6 @@ def generate_long(
         for part in parts:
             frames.append(model.decode(part)[0])
             progress(sum(map(len, frames)), num_frames)
-    used = {"seed": seed, "num_frames": num_frames, **dataclasses.asdict(options), **sampling}
+    used = {"seed": seed, "index": index, "num_frames": num_frames, **dataclasses.asdict(options), **sampling}
     note = model.provenance(prompt=prompt if isinstance(prompt, str) else str(dict(prompt)), **used)
     return Clip(np.concatenate(frames)[:num_frames], fps or model.settings.fps / stride, note)
