@@ -29,14 +29,14 @@ def make_mask(spec: str, frames: np.ndarray, grow: int = 0) -> np.ndarray:
         ValueError: a text that is none of the forms above, or a mask that covers nothing.
     """
     text = spec.strip()
-    inverse = text.startswith("!")
-    kind, _, rest = text.lstrip("!").partition(":")
+    inverse, text = text.startswith("!"), text.removeprefix("!").strip()
+    kind, _, rest = text.partition(":")
     if kind == "box":
         mask = box_mask(_key_frames(rest, spec), frames.shape[:3])
     elif kind == "colour":
         mask = _colour_mask(rest, frames, spec)
     else:
-        mask = read_mask(text.lstrip("!"), frames.shape[:3])
+        mask = read_mask(text, frames.shape[:3])
     mask = 1 - mask if inverse else mask
     mask = grow_mask(mask, grow)
     if not (mask > 0.5).any():
@@ -57,7 +57,7 @@ def read_mask(path: str | os.PathLike, shape: tuple[int, ...]) -> np.ndarray:
     """
     num_frames, height, width = shape[:3]
     clip = read_video(Path(path))
-    if clip.num_frames not in (1, num_frames) and clip.num_frames < num_frames:
+    if 1 < clip.num_frames < num_frames:
         raise ValueError(f"the mask {path} has {clip.num_frames} frames, the clip {num_frames}: give one or as many")
     levels = clip.frames.astype(np.float32).mean(axis=-1) / 255.0
     rows = ((np.arange(height) + 0.5) * levels.shape[1] / height).astype(int)
@@ -93,11 +93,14 @@ def _key_frames(text: str, spec: str) -> dict[int, tuple[float, float, float, fl
         frame, _, box = part.rpartition(":")
         try:
             x, y, w, h = (float(number) for number in box.split(","))
-            found[int(frame or 0)] = (x, y, w, h)
+            stamp = int(frame or 0)
         except ValueError as error:
             raise ValueError(f"the mask {spec!r} has no box in {part!r}: {USAGE}") from error
+        if stamp in found:
+            raise ValueError(f"the mask {spec!r} has two boxes for frame {stamp}: {USAGE}")
         if w <= 0 or h <= 0:
             raise ValueError(f"the mask {spec!r} has a box without area in {part!r}: {USAGE}")
+        found[stamp] = (x, y, w, h)
     return found
 
 
