@@ -82,7 +82,12 @@ def paste(original: np.ndarray, made: np.ndarray, mask: np.ndarray, feather: flo
     """`made` inside the mask, `original` outside it, bit for bit; frames u8 `[f H W 3]`, mask `[f H W]` (above 0.5).
 
     feather: pixels over which, inwards from the mask's edge, the one goes over into the other.
+
+    Raises:
+        ValueError: a feather below 0.
     """
+    if not feather >= 0:
+        raise ValueError(f"feather={feather} pixels: it must be at least 0")
     inside = np.asarray(mask) > 0.5
     # The frame's border is no edge of the mask: beyond it there is nothing to go over into.
     padded = [np.asarray(ndimage.distance_transform_edt(np.pad(m, 1, mode="edge"))) for m in inside]
