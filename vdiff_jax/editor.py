@@ -17,15 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from vdiff_jax import tasks
-from vdiff_jax.data.transforms import to_video
+from vdiff_jax.data.transforms import resize_frames, to_video
 from vdiff_jax.data.video_io import Clip
 from vdiff_jax.editing import degradations, motion
-from vdiff_jax.editing.inpaint import fill_hole, known_outside, known_tokens, paste
+from vdiff_jax.editing.inpaint import known_outside, known_tokens, paste
 from vdiff_jax.restoration import Restoration
 from vdiff_jax.sampling.job import CLEAN_LOGSNR
 from vdiff_jax.sampling.posterior import PosteriorSampling
 from vdiff_jax.sampling.windows import Window
-from vdiff_jax.time_edits import TimeEdits
+from vdiff_jax.time_edits import TimeEdits, unguided
 from vdiff_jax.types import DenoiserWrapper, Known, Latents
 
 STRUCTURE_STD = 0.1
@@ -36,6 +36,7 @@ class Editor(TimeEdits, Restoration):
     """The edits of one clip; arguments as `Session`. Edits of time and repairs are in its base classes."""
 
     _inverted: dict[Any, tasks.Inverted]
+    _psnr: dict[Any, float]
 
     # By prompt ---------------------------------------------------------------------------------------------------
 
@@ -98,6 +99,9 @@ class Editor(TimeEdits, Restoration):
         """dB between the clip and its inversion walked back with the same prompt: what "inversion" and "ddpm" lose
         before they change anything. The autoencoder's own loss is part of it."""
         chosen = dataclasses.replace(tasks.EditOptions(**options), guidance_scale=1.0)
+        memory = self.__dict__.setdefault("_psnr", {})
+        if (source_prompt, seed, chosen) in memory:
+            return memory[source_prompt, seed, chosen]
 
         def make(number: int, window: Window, known: Known) -> Latents:
             source = jnp.asarray(self.latents[:, window.start : window.stop])
@@ -108,7 +112,8 @@ class Editor(TimeEdits, Restoration):
 
         made = to_video(self.decode(self.walk(make)))
         mse = float(np.mean(np.square(made - to_video(self.frames))))
-        return 10 * float(np.log10(4 / max(mse, 1e-12)))
+        memory[source_prompt, seed, chosen] = 10 * float(np.log10(4 / max(mse, 1e-12)))
+        return memory[source_prompt, seed, chosen]
 
     def _inversion(
         self, number: int, window: Window, known: Known, prompt: str, options: tasks.EditOptions, seed: int
@@ -173,38 +178,46 @@ class Editor(TimeEdits, Restoration):
 
         mask: `[f h w]` of the clip's size, above 0.5 = make anew; it may move. prompt: the whole new scene; for a
         removal what is left without the object ("an empty grey background"). feather: pixels inside the mask over which
-        the old goes over into the new. margin: tokens around the mask that are made with it. options: `steps`,
-        `guidance_scale`, `sampler`, ...
+        what surrounds it goes over into the new. margin: tokens around the mask that are made with it.
+        options: `steps`, `guidance_scale`, `sampler`, ...
 
-        Every pixel outside the mask stays the input's, bit for bit.
+        Every pixel outside the mask stays the input's, bit for bit; what lay under it has no part in the result.
 
         Raises:
             ValueError: a mask of another shape.
         """
         small = self.small_mask(mask)
-        filled = fill_hole(to_video(self.frames)[None], small[None])
-        latents = jnp.asarray(self.encode(np.rint((filled[0] + 1) * 127.5).astype(np.uint8)))
+        sampling = {"negative_prompt": negative_prompt, **options}
+        filled = self.hole_filled(mask)
+        latents = jnp.asarray(self.encode(resize_frames(filled, self.height, self.width)))
         known = known_outside(latents, small[None], margin)
 
         def make(number: int, window: Window, part: Known) -> Latents:
             arguments: dict[str, Any] = dict(keys=self.keys(seed, number), times=self.times(window))
-            return self.model.complete(part, [prompt], negative_prompt=negative_prompt, **arguments, **options)
+            return self.model.complete(part, [prompt], **arguments, **unguided(prompt, sampling))
 
-        note: dict[str, Any] = {"task": "inpaint", "prompt": prompt, "negative_prompt": negative_prompt or None}
-        clip = self.finish(self.decode(self.walk(make, known)), note | {"seed": seed, **options})
-        return dataclasses.replace(clip, frames=paste(self.clip.frames, clip.frames, mask, feather))
+        note: dict[str, Any] = {"task": "inpaint", "prompt": prompt, "seed": seed, **sampling}
+        clip = self.finish(self.decode(self.walk(make, known)), note | {"negative_prompt": negative_prompt or None})
+        return dataclasses.replace(clip, frames=paste(filled, clip.frames, mask, feather))
 
     def outpaint(
         self, left: int = 0, top: int = 0, right: int = 0, bottom: int = 0, prompt: str = "", **options: Any
     ) -> Clip:
-        """Widen the picture by pixels on its sides and make what lies there; the middle stays bit for bit."""
+        """Widen the picture by pixels on its sides and make what lies there; the middle stays bit for bit.
+
+        The model works at the scale it had, on a larger picture. prompt: the whole wider scene.
+        """
         sides = (left, top, right, bottom)
         if min(sides) < 0 or not any(sides):
             raise ValueError(f"outpaint by {sides} pixels (left, top, right, bottom): give at least one above 0")
         pad = ((0, 0), (top, bottom), (left, right), (0, 0))
         mask = np.pad(np.zeros(self.clip.frames.shape[:3], np.float32), pad[:3], constant_values=1.0)
-        clip = dataclasses.replace(self.clip, frames=np.pad(self.clip.frames, pad, mode="edge"))
-        return self.on(clip).inpaint(mask, prompt, **options)
+        metadata = self._listed({"task": "outpaint", "sides": list(sides)})
+        clip = dataclasses.replace(self.clip, frames=np.pad(self.clip.frames, pad, mode="edge"), metadata=metadata)
+        grown = zip((self.height, self.width), clip.frames.shape[1:3], self.clip.frames.shape[1:3])
+        multiple = self.model.size_multiple
+        height, width = (max(1, round(side * new / old / multiple)) * multiple for side, new, old in grown)
+        return self.on(clip, (height, width)).inpaint(mask, prompt, **options)
 
     def move_camera(
         self, pan: tuple[float, float] = (0.0, 0.0), zoom: float = 1.0, prompt: str = "", **options: Any
@@ -214,7 +227,8 @@ class Editor(TimeEdits, Restoration):
         if not zoom > 0:
             raise ValueError(f"zoom={zoom}: it must be above 0")
         frames, mask = motion.camera_move(self.clip.frames, pan, zoom)
-        moved = dataclasses.replace(self.clip, frames=frames)
+        metadata = self._listed({"task": "move_camera", "pan": list(pan), "zoom": zoom})
+        moved = dataclasses.replace(self.clip, frames=frames, metadata=metadata)
         return self.on(moved).inpaint(mask, prompt, **options) if (mask > 0.5).any() else moved
 
     def _known(self, latents: Latents, mask: np.ndarray, margin: int) -> Known:

@@ -387,12 +387,21 @@ class VideoDiffusion(EditingVerbs):
         return jax.jit(functools.partial(_decode_frames, self.components["autoencoder"].apply))
 
     def latent_size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
+        """Height and width of the latents of a clip of `size` pixels, the model's own for None.
+
+        Raises ValueError for a size that is not a multiple of `size_multiple`.
+        """
         height, width = (size, size) if isinstance(size, int) else size or (self.settings.size, self.settings.size)
-        factor = self.components["autoencoder"].config.factor
-        multiple = factor * 2 ** (len(self.components["unet"].config.channels) - 1)
+        multiple = self.size_multiple
         if height % multiple or width % multiple or min(height, width) < multiple:
             raise ValueError(f"size {height}x{width} does not fit this model: use multiples of {multiple}")
+        factor = self.components["autoencoder"].config.factor
         return height // factor, width // factor
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width in pixels must be multiples of this."""
+        return self.components["autoencoder"].config.factor * 2 ** (len(self._unet().config.channels) - 1)
 
     def provenance(self, **used: Any) -> dict[str, Any]:
         """What every produced file tells of its making; None values are left out."""

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import ndimage
 
-from vdiff_jax.data.transforms import resize_frames, to_video
+from vdiff_jax.data.transforms import resize_frames, to_uint8, to_video
 from vdiff_jax.data.video_io import Clip
+from vdiff_jax.editing.inpaint import fill_hole
 from vdiff_jax.sampling.job import nothing_known
 from vdiff_jax.sampling.windows import Window, window_slices, with_context
 from vdiff_jax.types import Array, Known, Latents
@@ -79,7 +80,7 @@ class Session:
 
     def decode(self, latents: Latents | np.ndarray) -> np.ndarray:
         """Final latents `[1 f h w c]` -> u8 `[f h w 3]`, one window at a time."""
-        return self._by_window(lambda part: self.model.decode(part[None]), np.asarray(latents)[0])[0]
+        return self._by_window(lambda part: self.model.decode(jnp.asarray(part)[None]), np.asarray(latents)[0])[0]
 
     def _by_window(self, function: Callable[[np.ndarray], np.ndarray], frames: np.ndarray) -> Any:
         """`function` of parts of one length, the last filled up, so that nothing compiles anew for other lengths."""
@@ -112,9 +113,9 @@ class Session:
             made[:, window.start : window.stop] = np.asarray(make(number, window, part))
         return made
 
-    def on(self, clip: Clip) -> Self:
-        """A session on another clip with the same settings."""
-        size = (self.height, self.width)
+    def on(self, clip: Clip, size: tuple[int, int] | None = None) -> Self:
+        """A session on another clip with the same settings; size: another one at which the model works."""
+        size = size or (self.height, self.width)
         return type(self)(self.model, clip, size=size, window=self.window, overlap=self.overlap, stride=self.stride)
 
     def small_mask(self, mask: np.ndarray) -> np.ndarray:
@@ -126,6 +127,15 @@ class Session:
         for axis, size in ((1, self.height), (2, self.width)):
             covered = _cover_cells(covered, axis, size)
         return covered.astype(np.float32)
+
+    def hole_filled(self, mask: np.ndarray) -> np.ndarray:
+        """The clip's own frames u8 `[f h w 3]` with a smooth continuation of the rest under `mask [f h w]`.
+
+        At the clip's size, because a resize looks beyond its pixel: filled later, what lay in the hole is around it.
+        """
+        parts = [slice(start, start + self.window) for start in range(0, self.clip.num_frames, self.window)]
+        filled = [fill_hole(to_video(self.clip.frames[part])[None], np.asarray(mask)[part][None])[0] for part in parts]
+        return np.concatenate([to_uint8(part) for part in filled])
 
     # Back to the clip --------------------------------------------------------------------------------------------
 
@@ -151,8 +161,13 @@ class Session:
         return np.clip(np.rint(full + detail * (share.astype(np.float32) / 255.0)), 0, 255).astype(np.uint8)
 
     def _note(self, note: dict[str, Any]) -> dict[str, Any]:
-        edits = [*self.clip.metadata.get("edits", []), {key: value for key, value in note.items() if value is not None}]
-        return {**self.clip.metadata, **self.model.provenance(), "edits": edits}
+        return {**self._listed(note), **self.model.provenance()}
+
+    def _listed(self, note: dict[str, Any]) -> dict[str, Any]:
+        """The clip's metadata with one more edit in its list, of which the model had no part."""
+        told = self.model.provenance(**note)
+        edits = [*self.clip.metadata.get("edits", []), {key: told[key] for key in note if key in told}]
+        return {**self.clip.metadata, "edits": edits}
 
 
 def _cover_cells(covered: np.ndarray, axis: int, size: int) -> np.ndarray:
