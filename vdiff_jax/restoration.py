@@ -95,6 +95,8 @@ class Restoration(Session):
             raise ValueError(f"method={method!r} of {task!r}: choose posterior, or fast for denoise")
         if min(n_candidates, mean_of) < 1:
             raise ValueError(f"n_candidates={n_candidates}, mean_of={mean_of}: both must be at least 1")
+        if method == "fast" and max(n_candidates, mean_of) > 1:
+            raise ValueError(f"n_candidates={n_candidates}, mean_of={mean_of} of method='fast': it has one answer only")
         std = None if noise_std is None else 2.0 * noise_std
         given = self._measure(task, observed, std, factor, blur, block, mask)
         prompts = [prompt] * n_candidates
@@ -121,7 +123,9 @@ class Restoration(Session):
         frames = np.rint(np.mean(answers, axis=0)).astype(np.uint8)
         name = task if isinstance(task, str) else task.name
         note = {"task": "restore", "restore": name, "prompt": prompt or None, "method": method, "seed": seed}
-        clip = self.finish(frames, note | {"n_candidates": n_candidates, "mean_of": mean_of})
+        note |= {"n_candidates": n_candidates, "mean_of": mean_of, "steps": steps, "iterations": iterations}
+        settings = {"superres": {"factor": factor}, "deblur": {"blur": blur}, "unblock": {"block": block}}
+        clip = self.finish(frames, note | {"noise_std": noise_std} | settings.get(name, {}))
         if task == "superres":
             height, width = (side * factor for side in self.clip.frames.shape[1:3])
             clip = dataclasses.replace(clip, frames=resize_frames(frames, height, width))
@@ -161,11 +165,13 @@ class Restoration(Session):
             gray = degradations.grayscale()
             return Measurement(np.asarray(gray(jnp.asarray(video))), gray, std)
         if task == "unblock":
-            return Measurement(video, degradations.mosaic(block), std)
+            # The pixels of a block share one rounding, but count as block^2 measurements.
+            return Measurement(video, degradations.mosaic(block), std * block if noise_std is None else std)
         if task == "fill":
             if mask is None:
                 raise ValueError("restoring by 'fill' needs mask=: the pixels that are lost, [f h w]")
             lost = self.small_mask(mask)[None, ..., None] > 0.5
+            video = to_video(resize_frames(self.hole_filled(mask), self.height, self.width))[None]
             std_of = np.where(lost, np.inf, std).astype(np.float32) * np.ones_like(video)
             return Measurement(video, degradations.identity(), std_of)
         raise ValueError(f"restoration {task!r} is unknown: choose one of {', '.join(RESTORE_TASKS)}")

@@ -34,8 +34,15 @@ def prompt_at(prompts: PromptTimes, frame: int) -> str:
     """The prompt in force at a frame; before the first one's frame, the first."""
     if isinstance(prompts, str):
         return prompts
+    if not prompts:
+        raise ValueError("prompts over time are an empty mapping: give one text, or {frame: text}")
     starts = sorted(prompts)
     return prompts[starts[max(0, bisect.bisect_right(starts, frame) - 1)]]
+
+
+def prompt_changes(prompts: PromptTimes) -> list[int]:
+    """The frames at which another prompt comes into force."""
+    return [] if isinstance(prompts, str) else sorted(prompts)[1:]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +67,16 @@ class RollOut:
                 f"context={self.context} of a window of {self.window} frames must be at least 1 and leave new frames"
             )
 
+    @classmethod
+    def fitting(cls, window: int, prompts: PromptTimes = "", have: int | None = None) -> RollOut:
+        """The defaults, as far as `window` and a clip of `have` frames have room for them.
+
+        Where another prompt comes into force nothing is pulled to the first window, which showed something else.
+        """
+        context = max(1, min(cls.context, window - 2, window if have is None else have))
+        several = not isinstance(prompts, str) and len(set(prompts.values())) > 1
+        return cls(window=window, context=context, statistics=0.0 if several else cls.statistics)
+
     @property
     def new_frames(self) -> int:
         """Frames that every window adds."""
@@ -80,19 +97,21 @@ def roll_out(
     keys_at: Callable[[int], Array],
     spacing: float = 1.0,
     given: bool = False,
+    changes: Sequence[int] = (),
     **sampling: Any,
 ) -> Iterator[Latents]:
     """Goes on after `first [b f h w c]`, window by window at constant memory; yields new latents `[b k h w c]`.
 
     num_frames: how many frames to add; the last part is cut to them. prompts_at(i): the prompts of the window whose new
     frames begin `i` frames after the first of `first`. keys_at(n): keys `[b]` of the n-th window. given: `first` is a
-    real clip, to be shown without noise as long as it is the context. sampling: `steps`, `guidance_scale`, ... as
-    `VideoDiffusion.complete`.
+    real clip, to be shown without noise as long as it is the context. changes: frames, counted as `prompts_at` does, at
+    which a window must begin; of the one before only the frames up to there are kept. sampling: `steps`,
+    `guidance_scale`, ... as `VideoDiffusion.complete`.
 
     Raises:
         ValueError: fewer frames in `first` than the context needs.
     """
-    options = options or RollOut(window=model.settings.num_frames)
+    options = options or RollOut.fitting(model.settings.num_frames, have=first.shape[1])
     if first.shape[1] < options.context:
         raise ValueError(
             f"the clip has {first.shape[1]} frame(s), a context of {options.context} is asked: give a longer clip or a "
@@ -114,14 +133,15 @@ def roll_out(
         # Each known frame at a level of its own: what was made is shown under noise, what was given is clean.
         made = jnp.arange(line.times.shape[0]) >= options.anchor + real_left
         made = made.at[0].set(not given) if options.anchor else made
-        level = jnp.where(made, options.context_logsnr, CLEAN_LOGSNR)
+        level = jnp.where(made, options.context_logsnr, CLEAN_LOGSNR).astype(first.dtype)  # a weak type compiles anew
         known = dataclasses.replace(line.known, logsnr=jnp.broadcast_to(level, line.known.logsnr.shape))
         window = model.complete(known, prompts_at(done), keys=keys_at(number), times=line.times, **sampling)
         new = window[:, options.anchor + options.context :]
         if options.statistics:
             new = pull_statistics(new, statistics, options.statistics)
+        new = new[:, : min([options.new_frames, *(frame - done for frame in changes if frame > done)])]
         recent = jnp.concatenate([recent, new], axis=1)[:, -options.context :]
-        real_left = max(0, real_left - options.new_frames)
+        real_left = max(0, real_left - new.shape[1])
         yield new[:, : end - done]
         done, number = done + new.shape[1], number + 1
 
@@ -149,7 +169,8 @@ def generate_long(
     Raises:
         ValueError: no frame asked, or settings that cannot be.
     """
-    options = options or RollOut(window=model.settings.num_frames)
+    options = options or RollOut.fitting(model.settings.num_frames, prompt)
+    changes = prompt_changes(prompt)
     if num_frames < 1:
         raise ValueError(f"num_frames={num_frames}: it must be at least 1")
 
@@ -159,17 +180,19 @@ def generate_long(
 
     shared: dict[str, Any] = dict(size=size, stride=stride, num_frames=options.window)
     first = model.generate_latents([prompt_at(prompt, 0)], keys=keys_at(0), **shared, **sampling)
+    first = first[:, : min([options.window, *(max(frame, options.context) for frame in changes)])]
     frames = [model.decode(first)[0]]
-    progress(min(options.window, num_frames), num_frames)
-    if num_frames > options.window:
+    progress(min(len(frames[0]), num_frames), num_frames)
+    if num_frames > len(frames[0]):
         parts = roll_out(
             model,
             first,
-            num_frames - options.window,
+            num_frames - len(frames[0]),
             lambda done: [prompt_at(prompt, done)],
             options,
             keys_at=lambda number: keys_at(number + 1),
             spacing=stride,
+            changes=changes,
             **sampling,
         )
         for part in parts:

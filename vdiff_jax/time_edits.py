@@ -12,7 +12,7 @@ from vdiff_jax import rollout
 from vdiff_jax.data.effects import concatenate, resize, set_fps
 from vdiff_jax.data.video_io import Clip
 from vdiff_jax.editing import motion
-from vdiff_jax.rollout import PromptTimes, RollOut, prompt_at
+from vdiff_jax.rollout import PromptTimes, RollOut, prompt_at, prompt_changes
 from vdiff_jax.sampling.job import known_frames
 from vdiff_jax.sampling.windows import window_slices
 from vdiff_jax.session import Session
@@ -38,11 +38,11 @@ class TimeEdits(Session):
         for number, window in enumerate(window_slices(self.clip.num_frames, given, 1)):
             line = motion.spread(jnp.asarray(self.latents[:, window.start : window.stop]), factor, self.stride)
             part = self.model.complete(
-                line.known, [prompt], keys=self.keys(seed, number), times=line.times, **_unguided(prompt, sampling)
+                line.known, [prompt], keys=self.keys(seed, number), times=line.times, **unguided(prompt, sampling)
             )
             made[:, window.start * factor : (window.stop - 1) * factor + 1] = np.asarray(part)
         sound = self.clip.sound.change_speed(1 / factor) if self.clip.sound else None
-        note = {"task": "interpolate", "factor": factor, "prompt": prompt or None, "seed": seed}
+        note = {"task": "interpolate", "factor": factor, "prompt": prompt or None, "seed": seed, **sampling}
         clip = self.finish(self.decode(made), note, sound=sound)
         frames = clip.frames.copy()
         frames[::factor] = self.clip.frames
@@ -55,27 +55,29 @@ class TimeEdits(Session):
 
         The other clip is brought to this one's size and rate. context: frames of either that the transition knows.
         """
+        _check_context(context)
         after = self.on(_like(other, self.clip))
         middle = self._between(
             self.latents[:, -context:], after.latents[:, :context], num_frames, prompt, seed, sampling
         )
-        note = {"task": "join", "num_frames": num_frames, "prompt": prompt or None, "seed": seed}
+        note = {"task": "join", "num_frames": num_frames, "prompt": prompt or None, "seed": seed, **sampling}
         bridge = self.finish(middle, note, sound=None)
         joined = concatenate([self.clip, bridge, after.clip])
         return dataclasses.replace(joined, metadata=bridge.metadata)
 
     def loop(self, num_frames: int = 8, prompt: str = "", *, context: int = 3, seed: int = 0, **sampling: Any) -> Clip:
         """The clip and `num_frames` new frames that lead from its end back to its beginning."""
+        _check_context(context)
         head, tail = self.latents[:, -context:], self.latents[:, :context]
         middle = self._between(head, tail, num_frames, prompt, seed, sampling)
-        note = {"task": "loop", "num_frames": num_frames, "prompt": prompt or None, "seed": seed}
+        note = {"task": "loop", "num_frames": num_frames, "prompt": prompt or None, "seed": seed, **sampling}
         bridge = self.finish(middle, note, sound=None)
         return dataclasses.replace(concatenate([self.clip, bridge]), metadata=bridge.metadata)
 
     def _between(self, head, tail, num_frames: int, prompt: str, seed: int, sampling: dict[str, Any]) -> np.ndarray:
         line = motion.bridge(jnp.asarray(head), jnp.asarray(tail), num_frames, self.stride)
         made = self.model.complete(
-            line.known, [prompt], keys=self.keys(seed), times=line.times, **_unguided(prompt, sampling)
+            line.known, [prompt], keys=self.keys(seed), times=line.times, **unguided(prompt, sampling)
         )
         return self.decode(made[:, head.shape[1] : head.shape[1] + num_frames])
 
@@ -96,8 +98,8 @@ class TimeEdits(Session):
             latents[:, -1] = self.latents[:, -1]
         known = known_frames(jnp.asarray(latents), ends)
         times = self.stride * jnp.arange(num_frames, dtype=jnp.float32)
-        made = self.model.complete(known, [prompt], keys=self.keys(seed), times=times, **sampling)
-        note = {"task": "from_ends", "num_frames": num_frames, "prompt": prompt or None, "seed": seed}
+        made = self.model.complete(known, [prompt], keys=self.keys(seed), times=times, **unguided(prompt, sampling))
+        note = {"task": "from_ends", "num_frames": num_frames, "prompt": prompt or None, "seed": seed, **sampling}
         clip = self.finish(self.decode(made), note, sound=None)
         frames = clip.frames.copy()
         frames[0] = self.clip.frames[0]
@@ -124,27 +126,36 @@ class TimeEdits(Session):
         have = self.clip.num_frames
         if num_frames <= have:
             raise ValueError(f"num_frames={num_frames}: the clip has {have} already, ask for more")
-        options = options or RollOut(window=self.window, context=max(1, min(3, have)))
+        options = options or RollOut.fitting(self.window, prompt, have)
+        before = have - min(have, self.window)  # frames of the clip that no window sees
+        words = prompt if isinstance(prompt, str) else " ".join(prompt.values())
         parts = rollout.roll_out(
             self.model,
             jnp.asarray(self.latents[:, -self.window :]),
             num_frames - have,
-            lambda done: [prompt_at(prompt, done + have - min(have, self.window))],
+            lambda done: [prompt_at(prompt, done + before)],
             options,
             keys_at=lambda number: self.keys(seed, number),
             spacing=self.stride,
             given=True,
-            **_unguided("" if prompt == "" else "prompt", sampling),
+            changes=[frame - before for frame in prompt_changes(prompt)],
+            **unguided(words.strip(), sampling),
         )
-        new = np.concatenate([self.decode(part) for part in parts])
-        note = {"task": "extend", "num_frames": num_frames, "prompt": str(prompt) or None, "seed": seed}
+        new = self.decode(np.concatenate([np.asarray(part) for part in parts], axis=1))
+        told = prompt if isinstance(prompt, str) else {str(frame): text for frame, text in sorted(prompt.items())}
+        note = {"task": "extend", "num_frames": num_frames, "prompt": told or None, "seed": seed, **sampling}
         clip = self.finish(new, note)
         return dataclasses.replace(clip, frames=np.concatenate([self.clip.frames, clip.frames]))
 
 
-def _unguided(prompt: str, sampling: dict[str, Any]) -> dict[str, Any]:
-    """Without words there is nothing to guide to."""
-    return sampling if prompt else {"guidance_scale": 1.0, **sampling}
+def unguided(prompt: str, sampling: dict[str, Any]) -> dict[str, Any]:
+    """`sampling` without guidance where there are no words to guide to or away from; it would cost a second call."""
+    return sampling if prompt or sampling.get("negative_prompt") else {"guidance_scale": 1.0, **sampling}
+
+
+def _check_context(context: int) -> None:
+    if context < 1:
+        raise ValueError(f"context={context}: a transition must know at least 1 frame of either side")
 
 
 def _like(clip: Clip, other: Clip) -> Clip:
