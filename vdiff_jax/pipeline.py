@@ -12,114 +12,37 @@ import dataclasses
 import functools
 import hashlib
 import json
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, overload
+from typing import Any, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vdiff_jax import __version__
-from vdiff_jax.components import Component, make_component, make_config
+from vdiff_jax.components import make_component, make_config
 from vdiff_jax.data.tokenizer import Tokenizer
-from vdiff_jax.data.transforms import to_uint8, to_video
 from vdiff_jax.data.video_io import Clip
-from vdiff_jax.diffusion.schedule import make_schedule
 from vdiff_jax.interop import lora as lora_files
 from vdiff_jax.interop import pretrained
+from vdiff_jax.latent_model import LatentModel, SamplingOptions, Settings, estimate
 from vdiff_jax.lora_model import apply_lora
 from vdiff_jax.models.lora import Lora
-from vdiff_jax.sampling.guidance import Guidance, make_denoise_fn
-from vdiff_jax.sampling.job import nothing_known, text_to_video_job
-from vdiff_jax.sampling.samplers import Sampler, make_sampler, sample
 from vdiff_jax.types import (
     Array,
-    Conditioning,
-    DenoiseFn,
-    DenoiserWrapper,
-    Known,
-    Latents,
-    LogSNR,
     Params,
-    Video,
 )
 from vdiff_jax.verbs import EditingVerbs
+
+__all__ = ["ASSETS", "SamplingOptions", "Settings", "VideoDiffusion", "estimate", "load"]
 
 ASSETS = Path(__file__).parent / "assets"
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """What a saved model knows beside its weights: native size and rate, the process it learned, sampling defaults.
-
-    autoencoder_std: root mean square of decode(encode(video)) - video in -1..1; restoration adds it to the noise.
-    """
-
-    size: int = 32
-    fps: float = 8.0
-    num_frames: int = 16
-    prediction: str = "v"
-    schedule: str = "cosine"
-    schedule_settings: dict[str, float] = dataclasses.field(default_factory=dict)
-    noise: str = "gaussian"
-    sampler: str = "dpmpp_2m"
-    steps: int = 25
-    guidance_scale: float = 3.0
-    context_length: int = 24
-    autoencoder_std: float = 0.02
-
-
-class SamplingOptions(TypedDict, total=False):
-    """How to walk from noise to a clip; what is left out or None is the model's own default.
-
-    negative_prompt: what guidance moves away from.
-    steps: denoising steps. sampler: a name in `sampling.SAMPLERS`; eta: its noise, 0..1, None = the sampler's.
-    guidance_scale: 1 = off. guidance_interval: log-SNR range in which it acts. guidance_rescale: 0..1, pulls the
-        guided estimate's standard deviation back to the conditional one (Lin et al. 2024).
-    """
-
-    negative_prompt: str
-    steps: int | None
-    sampler: str | None
-    eta: float | None
-    guidance_scale: float | None
-    guidance_interval: tuple[float, float] | None
-    guidance_rescale: float
-
-
-@dataclasses.dataclass(frozen=True)
-class VideoDiffusion(EditingVerbs):
-    """A model: components by name, their parameters, the tokenizer and the settings.
-
-    components: any of "autoencoder", "text_encoder", "unet"; methods say which they need.
-    """
-
-    components: dict[str, Component]
-    params: dict[str, Params]
-    tokenizer: Tokenizer | None
-    settings: Settings
-
-    def encode(self, video: Clip | np.ndarray | Array) -> Latents:
-        """A clip, `frames u8 [f h w 3]`, or `video f32 [b f h w 3]` in [-1, 1] -> final latents `[b f h/k w/k c]`.
-
-        Raises ValueError if height or width is not a multiple of the autoencoder's factor.
-        """
-        return self._encode(self.params["autoencoder"], _as_video(video))
-
-    def decode(self, latents: Latents) -> np.ndarray:
-        """Final latents `[b f h w c]` -> frames u8 `[b f h*k w*k 3]`; one frame at a time in memory."""
-        return to_uint8(np.asarray(self._decode(self.params["autoencoder"], jnp.asarray(latents))))
-
-    def encode_prompts(self, prompts: Sequence[str]) -> tuple[Array, Array]:
-        """Prompts -> (features `[b n d]`, mask `[b n]`). Warns, and says what was cut, where one is too long."""
-        if self.tokenizer is None or "text_encoder" not in self.components:
-            raise ValueError("this model has no text encoder: it takes no prompts")
-        tokens, mask = (
-            jnp.asarray(value) for value in self.tokenizer.encode(list(prompts), self.settings.context_length)
-        )
-        return self._encode_text(self.params["text_encoder"], tokens, mask), mask
+class VideoDiffusion(EditingVerbs, LatentModel):
+    """A model, see `LatentModel`, with its clips and files: generate, edit (`EditingVerbs`), save, load."""
 
     @overload
     def generate(self, prompt: str = ..., **settings: Any) -> Clip: ...
@@ -177,122 +100,6 @@ class VideoDiffusion(EditingVerbs):
         ]
         return clips[0] if isinstance(prompt, str) else clips
 
-    def generate_latents(
-        self,
-        prompts: Sequence[str],
-        *,
-        keys: Array,
-        num_frames: int | None = None,
-        size: int | tuple[int, int] | None = None,
-        stride: float = 1.0,
-        **sampling: Unpack[SamplingOptions],
-    ) -> Latents:
-        """As `generate`, but final latents `[b f h w c]`; `keys [b]`, one per clip."""
-        num_frames = self.settings.num_frames if num_frames is None else num_frames
-        if num_frames < 1:
-            raise ValueError(f"num_frames={num_frames}: it must be at least 1")
-        channels = self._unet().config.latent_channels
-        return self.complete(
-            nothing_known((len(prompts), num_frames, *self.latent_size(size), channels)),
-            prompts,
-            keys=keys,
-            times=stride * jnp.arange(num_frames, dtype=jnp.float32),
-            **sampling,
-        )
-
-    def complete(
-        self,
-        known: Known,
-        prompts: Sequence[str] | None = None,
-        *,
-        keys: Array,
-        times: Array | None = None,
-        negative_prompt: str = "",
-        steps: int | None = None,
-        guidance_scale: float | None = None,
-        guidance_interval: tuple[float, float] | None = None,
-        guidance_rescale: float = 0.0,
-        sampler: str | None = None,
-        eta: float | None = None,
-    ) -> Latents:
-        """Generate what is not known: prediction, interpolation, holes; with nothing known, text-to-video.
-
-        Args:
-            known: context latents `[b f h w c]` and mask, see `sampling.known_frames`.
-            prompts: one per clip; None stands for empty ones.
-            keys: `[b]`, one per clip. times: time stamps `[f]` or `[b f]`, default 0, 1, 2, ...
-        Returns:
-            Final latents `[b f h w c]`, equal to `known.latents` where they are known.
-        Raises:
-            ValueError: no steps, an unknown sampler, or a model without a network to sample from.
-
-        The other arguments are those of `SamplingOptions`.
-        """
-        self._unet()
-        cond = self.condition(prompts, times, known.latents.shape)
-        job = text_to_video_job(keys, known.latents.shape, self.schedule, self.steps(steps), cond, self.settings.noise)
-        job = dataclasses.replace(job, known=known)
-        wrappers = self.guidance(cond, negative_prompt, guidance_scale, guidance_interval, guidance_rescale)
-        return self.run(sample, job, self.sampler(sampler, eta), keys, wrappers=wrappers)
-
-    def steps(self, steps: int | None) -> int:
-        """The number of denoising steps, the model's own for None. Raises ValueError below 1."""
-        steps = self.settings.steps if steps is None else steps
-        if steps < 1:
-            raise ValueError(f"steps={steps}: it must be at least 1")
-        return steps
-
-    def sampler(self, name: str | None = None, eta: float | None = None) -> Sampler:
-        """A sampler by name, the model's own for None, with the noise the model was trained on."""
-        return make_sampler(name or self.settings.sampler, eta, noise_kind=self.settings.noise)
-
-    def guidance(
-        self,
-        cond: Conditioning,
-        negative_prompt: str = "",
-        guidance_scale: float | None = None,
-        guidance_interval: tuple[float, float] | None = None,
-        guidance_rescale: float = 0.0,
-    ) -> tuple[Guidance, ...]:
-        """Classifier-free guidance away from `negative_prompt` as wrappers for `run`; empty where it is off."""
-        scale = self.settings.guidance_scale if guidance_scale is None else guidance_scale
-        if cond.text is None or scale == 1.0:
-            return ()
-        uncond = self.condition([negative_prompt] * len(cond.text), cond.times, cond.times.shape)
-        low, high = (-np.inf, np.inf) if guidance_interval is None else guidance_interval
-        numbers = [jnp.float32(value) for value in (scale, low, high)]
-        return (Guidance(uncond, *numbers, jnp.float32(guidance_rescale) if guidance_rescale > 0 else None),)
-
-    def run(
-        self, program: Callable[..., Any], *args: Any, wrappers: tuple[DenoiserWrapper, ...] = (), **static: Any
-    ) -> Any:
-        """`program(denoise_fn, *args, **static)`, compiled once for all arguments of the same shapes.
-
-        program: a function of a module (`sampling.sample`, `sampling.ddpm_inversion`, ...), not made anew for the call.
-        wrappers: applied to the network's denoiser in turn, the last one outermost.
-        static: hashable settings that choose what is compiled.
-        """
-        self._unet()
-        params = {name: self.params[name] for name in ("unet", "autoencoder") if name in self.params}
-        return self._run(program, tuple(sorted(static.items())), params, args, wrappers)
-
-    def estimate(
-        self, z: Latents, logsnr: LogSNR, prompts: Sequence[str] | None = None, *, times: Array | None = None
-    ) -> Latents:
-        """The network's clean estimate E[x0 | z, prompt] `[b f h w c]`, without guidance.
-
-        z: noisy latents on the variance-preserving scale, `alpha x0 + sigma eps`. logsnr: their level, `[b f]`.
-        prompts, times: as in `complete`.
-        """
-        cond = self.condition(prompts, times, z.shape)
-        return self.run(estimate, z, logsnr, nothing_known(z.shape), cond)
-
-    def _unet(self) -> Component:
-        if "unet" not in self.components:
-            parts = ", ".join(sorted(self.components))
-            raise ValueError(f"this model holds {parts} and no unet to sample from: give one of the diffusion stage")
-        return self.components["unet"]
-
     def with_params(self, params: dict[str, Params]) -> VideoDiffusion:
         """The same model with some components' parameters replaced; compiled functions are shared, not made again."""
         other = copy.copy(self)
@@ -345,64 +152,6 @@ class VideoDiffusion(EditingVerbs):
             pieces += [key.encode(), np.ascontiguousarray(value).tobytes()]
         return _digest(*pieces)
 
-    @functools.cached_property
-    def schedule(self) -> Any:
-        return make_schedule(self.settings.schedule, **self.settings.schedule_settings)
-
-    def condition(self, prompts: Sequence[str] | None, times: Array | None, shape: tuple[int, ...]) -> Conditioning:
-        """What the network is told: prompts, one per clip (None = empty ones), and time stamps `[f]` or `[b f]`
-        (None = 0, 1, 2, ...). shape: `(b, f, ...)` of the latents."""
-        times = jnp.arange(shape[1], dtype=jnp.float32) if times is None else jnp.asarray(times, jnp.float32)
-        times = jnp.broadcast_to(times if times.ndim == 2 else times[None], shape[:2])
-        if "text_encoder" not in self.components:
-            if prompts is not None and any(prompts):
-                warnings.warn("this model has no text encoder: prompts are ignored", stacklevel=3)
-            return Conditioning(None, None, times)
-        return Conditioning(*self.encode_prompts([""] * shape[0] if prompts is None else prompts), times)
-
-    @functools.cached_property
-    def _run(self) -> Callable[..., Any]:
-        unet, kind = self.components["unet"], self.settings.prediction
-        decode = self.components["autoencoder"].apply if "autoencoder" in self.components else None
-
-        def run(program, static, params, args, wrappers):
-            denoise_fn = make_denoise_fn(unet.apply, params["unet"], kind)
-            decode_fn = None if decode is None else functools.partial(_decode_frames, decode, params["autoencoder"])
-            for wrapper in wrappers:
-                denoise_fn = wrapper.wrap(denoise_fn, decode_fn)
-            return program(denoise_fn, *args, **dict(static))
-
-        return jax.jit(run, static_argnums=(0, 1))
-
-    @functools.cached_property
-    def _encode(self) -> Callable[..., Array]:
-        return jax.jit(functools.partial(self.components["autoencoder"].apply, method="encode"))
-
-    @functools.cached_property
-    def _encode_text(self) -> Callable[..., Array]:
-        return jax.jit(self.components["text_encoder"].apply)
-
-    @functools.cached_property
-    def _decode(self) -> Callable[..., Array]:
-        return jax.jit(functools.partial(_decode_frames, self.components["autoencoder"].apply))
-
-    def latent_size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
-        """Height and width of the latents of a clip of `size` pixels, the model's own for None.
-
-        Raises ValueError for a size that is not a multiple of `size_multiple`.
-        """
-        height, width = (size, size) if isinstance(size, int) else size or (self.settings.size, self.settings.size)
-        multiple = self.size_multiple
-        if height % multiple or width % multiple or min(height, width) < multiple:
-            raise ValueError(f"size {height}x{width} does not fit this model: use multiples of {multiple}")
-        factor = self.components["autoencoder"].config.factor
-        return height // factor, width // factor
-
-    @property
-    def size_multiple(self) -> int:
-        """Height and width in pixels must be multiples of this."""
-        return self.components["autoencoder"].config.factor * 2 ** (len(self._unet().config.channels) - 1)
-
     def provenance(self, **used: Any) -> dict[str, Any]:
         """What every produced file tells of its making; None values are left out."""
         used = {name: value for name, value in used.items() if value is not None}
@@ -436,21 +185,6 @@ def load(name: str | Path) -> VideoDiffusion:
     return VideoDiffusion(components, jax.tree.map(jnp.asarray, params), tokenizer, settings)
 
 
-def estimate(denoise_fn: DenoiseFn, z: Latents, logsnr: LogSNR, known: Known, cond: Any) -> Latents:
-    """One call of a denoiser, as a program of `VideoDiffusion.run`."""
-    return denoise_fn(z, logsnr, known, cond, next_logsnr=logsnr, keys=jax.random.split(jax.random.key(0), len(z)))
-
-
-def _decode_frames(apply: Callable[..., Video], params: Params, latents: Latents) -> Video:
-    """Final latents `[b f h w c]` -> video `[b f H W 3]`, one frame at a time.
-
-    The decoder works frame by frame, so a map over frames is exact and bounds the memory, also of its gradient.
-    """
-    frames = jnp.moveaxis(latents, 1, 0)[:, :, None]
-    decode = jax.checkpoint(lambda frame: apply(params, frame, method="decode"))
-    return jnp.moveaxis(jax.lax.map(decode, frames)[:, :, 0], 0, 1)
-
-
 def _load_personal(folder: Path, config: dict[str, Any]) -> VideoDiffusion:
     """A folder with an update only, and the name of the model it updates."""
     try:
@@ -477,13 +211,6 @@ def _find(name: str | Path) -> Path:
 
 def _digest(*pieces: bytes) -> str:
     return hashlib.sha256(b"".join(pieces)).hexdigest()[:16]
-
-
-def _as_video(video: Clip | np.ndarray | Array) -> Array:
-    frames = video.frames if isinstance(video, Clip) else video
-    if frames.dtype == np.uint8:
-        frames = to_video(np.asarray(frames))
-    return jnp.asarray(frames if frames.ndim == 5 else frames[None], jnp.float32)
 
 
 def _seed_keys(seed: int, first: int, count: int) -> Array:
