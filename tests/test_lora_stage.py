@@ -18,7 +18,7 @@ from vdiff_jax.lora_stage import personalisation
 from vdiff_jax.models.functional import parameter_count
 from vdiff_jax.models.lora import lora_targets
 from vdiff_jax.pipeline import load
-from vdiff_jax.recipe import LoraConfig, data_config, default_recipe
+from vdiff_jax.recipe import LoraConfig, SampleConfig, data_config, default_recipe
 from vdiff_jax.stages import make_stage
 from vdiff_jax.streams import make_stream
 from vdiff_jax.training.checkpoint import Checkpoints
@@ -41,6 +41,7 @@ def lora_recipe(model, model_folder, **lora):
     recipe.lora.update(dict(rank=2, alpha=4.0, new_words=("star=circle",), prior_share=0.5) | lora)
     recipe.lora.prior.update(world_overrides=dict(shapes=("circle",), colours=("green",), empty_rate=0.0))
     recipe.sample.update(prompts=("a red star",), num_frames=2, steps=1)
+    recipe.diffusion.schedule_settings.shift = 1.5  # levels to train at; the model walks its own
     return recipe
 
 
@@ -150,6 +151,8 @@ def test_the_run_folder_is_the_personalised_model(model, trained, tmp_path):
     _, _, last, folder = trained
     personal = load(folder)
     lora = load_lora(folder)
+    walk = dict(sampler=SampleConfig().sampler, guidance_scale=SampleConfig().guidance_scale, num_frames=2, steps=1)
+    assert personal.settings == dataclasses.replace(model.settings, **walk)
     assert lora.new_words == ("star",) and lora.rank == 2 and lora.alpha == 4.0
     jax.tree.map(
         np.testing.assert_array_equal, lora.factors, {name: last.ema[name] for name in ("unet", "text_encoder")}

@@ -217,6 +217,9 @@ def _diffusion_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Path
     components = {"autoencoder": autoencoder, "unet": unet} | ({"text_encoder": text} if text else {})
     known_params = {"autoencoder": autoencoder_params, "text_encoder": text_params}
     settings = _settings(data, diffusion, sample)
+    if tuned is not None and start is not None:  # its process is the base's, whatever levels it is trained at
+        names = ("num_frames", "sampler", "steps", "guidance_scale")
+        settings = dataclasses.replace(start.settings, **{name: getattr(sample, name) for name in names})
     model = VideoDiffusion(components, {n: known_params.get(n) or {} for n in components}, tokenizer, settings)
 
     def trained_model(state: TrainState) -> VideoDiffusion:
