@@ -20,6 +20,7 @@ from vdiff_jax.data.tokenizer import Tokenizer
 from vdiff_jax.data.transforms import to_uint8, to_video
 from vdiff_jax.data.video_io import Clip
 from vdiff_jax.diffusion.schedule import make_schedule
+from vdiff_jax.models.functional import parameter_count
 from vdiff_jax.sampling.guidance import Guidance, make_denoise_fn
 from vdiff_jax.sampling.job import nothing_known, text_to_video_job
 from vdiff_jax.sampling.samplers import Sampler, make_sampler, sample
@@ -75,7 +76,7 @@ class SamplingOptions(TypedDict, total=False):
     guidance_rescale: float
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class LatentModel:
     """Components by name, their parameters, the tokenizer and the settings.
 
@@ -86,6 +87,12 @@ class LatentModel:
     params: dict[str, Params]
     tokenizer: Tokenizer | None
     settings: Settings
+
+    def __repr__(self) -> str:
+        sizes = {name: parameter_count(params) / 1e6 for name, params in self.params.items()}
+        parts = ", ".join(f"{name} {size:.2f} M" for name, size in sizes.items())
+        frames, size = self.settings.num_frames, self.settings.size
+        return f"{type(self).__name__}({parts}; {frames} frames of {size}x{size})"
 
     def encode(self, video: Clip | np.ndarray | Array) -> Latents:
         """A clip, `frames u8 [f h w 3]`, or `video f32 [b f h w 3]` in [-1, 1] -> final latents `[b f h/k w/k c]`.

@@ -40,7 +40,7 @@ __all__ = ["ASSETS", "SamplingOptions", "Settings", "VideoDiffusion", "estimate"
 ASSETS = Path(__file__).parent / "assets"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class VideoDiffusion(EditingVerbs, LatentModel):
     """A model, see `LatentModel`, with its clips and files: generate, edit (`EditingVerbs`), save, load."""
 
