@@ -4,14 +4,17 @@
     python benchmarks/editing_report.py --only=text,curves --num_clips=60
 
 Parts: text (the default edit on --num_clips clips), curves (success and preservation over strength for every method),
-inversion, inpaint, restore, motion, long. Each part is written to --out as soon as it is done, and a part that stands
+inversion, inpaint, restore, motion, long, memory (peak of sample.py by length), session (first and second edit). Each part is written to --out as soon as it is done, and a part that stands
 there already with the same number of clips is not made again. On two CPU cores the whole takes about two hours.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -97,6 +100,8 @@ def _parts(ev: Any) -> dict[str, Callable[[], dict[str, Any]]]:
     ):
         parts[f"long 160, {name}"] = lambda options=options: shapes_edits.long_clips(long, 160, options)
     parts["long 1600"] = lambda: shapes_edits.long_clips(dataclasses.replace(long, num_clips=4), 1600)
+    parts["memory"] = lambda: _peak_memory((16, 160))
+    parts["session"] = lambda: _session_times(ev.model)
     for task in shapes_restoration.TASKS:
         parts[f"restore {task}"] = lambda task=task: shapes_restoration.restoration(
             restore, task, steps=_RESTORE_STEPS.value
@@ -106,6 +111,36 @@ def _parts(ev: Any) -> dict[str, Callable[[], dict[str, Any]]]:
             options = EditOptions(method, strength)
             parts[f"curves {method} {strength}"] = lambda options=options: shapes_edits.text_edit(curve, options)
     return parts
+
+
+def _peak_memory(lengths: tuple[int, ...]) -> dict[str, Any]:
+    """Peak resident memory in MB of `sample.py --num_frames=...`, each in a process of its own, and the ratio."""
+    script = Path(__file__).parent.parent / "sample.py"
+    peaks = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for length in lengths:
+            command = [sys.executable, str(script), f"--model={_MODEL.value}", f"--num_frames={length}"]
+            command += ["--prompt=a red circle standing still on a grey background", f"--out={folder}/{length}.mp4"]
+            command += [] if length > 32 else ["--prompt_at=0:a red circle standing still on a grey background"]
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            _, status, usage = os.wait4(process.pid, 0)
+            if status:
+                raise RuntimeError(f"sample.py --num_frames={length} ended with status {status}")
+            peaks[f"mb_{length}"] = usage.ru_maxrss / 1024
+    first, *_, last = peaks.values()
+    return {**peaks, "ratio": last / first}
+
+
+def _session_times(model: Any) -> dict[str, Any]:
+    """Seconds of the first and the second edit in a session on one clip, compilation (from its cache, if warm) included."""
+    clip = model.generate("a red circle moving right on a grey background")
+    editor, times = model.editor(clip), []
+    for colour in ("blue", "green"):
+        started = time.monotonic()
+        prompt = f"a {colour} square moving right on a grey background"
+        editor.edit(prompt, "a red circle moving right on a grey background")
+        times.append(time.monotonic() - started)
+    return {"first_s": times[0], "second_s": times[1], "ratio": times[0] / times[1]}
 
 
 def _short(result: dict[str, Any]) -> dict[str, Any]:
