@@ -4,8 +4,9 @@
     python benchmarks/editing_report.py --only=text,curves --num_clips=60
 
 Parts: text (the default edit on --num_clips clips), curves (success and preservation over strength for every method),
-inversion, inpaint, restore, motion, long, memory (peak of sample.py by length), session (first and second edit). Each part is written to --out as soon as it is done, and a part that stands
-there already with the same number of clips is not made again. On two CPU cores the whole takes about two hours.
+inversion, inpaint, restore, motion, long, memory (peak of sample.py by length), session (first and second edit). Each
+part is written to --out as soon as it is done, and a part that stands there already is not made again. On two CPU cores
+the whole takes about two hours.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def _peak_memory(lengths: tuple[int, ...]) -> dict[str, Any]:
 
 
 def _session_times(model: Any) -> dict[str, Any]:
-    """Seconds of the first and the second edit in a session on one clip, compilation (from its cache, if warm) included."""
+    """Seconds of the first and the second edit in a session on one clip; compiling, or reading what was, included."""
     clip = model.generate("a red circle moving right on a grey background")
     editor, times = model.editor(clip), []
     for colour in ("blue", "green"):
