@@ -51,6 +51,8 @@ class Session:
     ):
         if not stride > 0:
             raise ValueError(f"stride={stride}: it must be above 0")
+        if window is not None and window < 1:
+            raise ValueError(f"window={window} frames: it must be at least 1")
         self.model, self.clip, self.stride = model, clip, stride
         self.latent_size = model.latent_size(size)
         factor = model.components["autoencoder"].config.factor
@@ -164,7 +166,7 @@ class Session:
         return {**self._listed(note), **self.model.provenance()}
 
     def _listed(self, note: dict[str, Any]) -> dict[str, Any]:
-        """The clip's metadata with one more edit in its list, of which the model had no part."""
+        """The clip's metadata with one more edit in its list."""
         told = self.model.provenance(**note)
         edits = [*self.clip.metadata.get("edits", []), {key: told[key] for key in note if key in told}]
         return {**self.clip.metadata, "edits": edits}

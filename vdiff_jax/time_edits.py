@@ -31,7 +31,7 @@ class TimeEdits(Session):
             ValueError: a factor below 2, or a clip of one frame.
         """
         count = (self.clip.num_frames - 1) * factor + 1
-        motion.spread(jnp.zeros((1, min(2, self.clip.num_frames), 1, 1, 1)), factor)  # refuses before any work
+        motion.spread(jnp.zeros((1, self.clip.num_frames, 1, 1, 1)), factor)  # refuses before any work
         # Windows begin and end on given frames, so neighbours share one and need no other context.
         given = max(2, (self.window - 1) // factor + 1)
         made = np.zeros((1, count, *self.latents.shape[2:]), np.float32)
