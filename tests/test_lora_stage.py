@@ -14,7 +14,7 @@ from vdiff_jax.data.shapes import captions
 from vdiff_jax.data.video_io import Clip
 from vdiff_jax.interop.lora import load_lora, save_lora
 from vdiff_jax.lora_model import add_words
-from vdiff_jax.lora_stage import personalisation
+from vdiff_jax.lora_stage import personalisation, shifted
 from vdiff_jax.models.functional import parameter_count
 from vdiff_jax.models.lora import lora_targets
 from vdiff_jax.pipeline import load
@@ -38,7 +38,7 @@ def lora_recipe(model, model_folder, **lora):
     recipe.data.update(world="small", size=16, world_frames=4, num_frames=2, batch_size=16, context_length=8)
     recipe.data.update(strides=(1,), stride_weights=(1.0,), num_scenes=2)
     recipe.data.world_overrides.update(shapes=("star",), colours=("red",), empty_rate=0.0)
-    recipe.lora.update(dict(rank=2, alpha=4.0, new_words=("star=circle",), prior_share=0.5) | lora)
+    recipe.lora.update(dict(rank=2, alpha=4.0, new_words=("star=circle",), prior_share=0.5, shift=1) | lora)
     recipe.lora.prior.update(world_overrides=dict(shapes=("circle",), colours=("green",), empty_rate=0.0))
     recipe.sample.update(prompts=("a red star",), num_frames=2, steps=1)
     recipe.diffusion.schedule_settings.shift = 1.5  # levels to train at; the model walks its own
@@ -273,6 +273,8 @@ def test_a_star_may_start_from_a_circle(model):
         (dict(alpha=0.0), {}, "lora.alpha=0.0: it must be above 0"),
         (dict(prior_share=1.0), {}, "lora.prior_share=1.0: it must be at least 0 and below 1"),
         (dict(prior_share=0.01), {}, "leaves one part without clips"),
+        (dict(shift=-1), {}, "lora.shift=-1: 0, or above 0 without"),
+        (dict(shift=2), dict(latent_cache="latents"), "lora.shift=2: 0, or above 0 without"),
         (dict(targets=("to_z",)), {}, "'to_z' is found in no kernel"),
         (dict(new_words=("red",)), {}, "new word 'red': the tokenizer knows it already"),
         (dict(new_words=("red star",)), {}, "give single words"),
@@ -326,3 +328,12 @@ def test_the_script_takes_updates_with_scales(model_folder, trained, tmp_path):
     assert good.code == 0 and (tmp_path / "star.png").is_file() and "does not know" not in good.stderr
     assert bad.code == 1 and "give a path, or path:scale with a number" in bad.stderr
     assert missing.code == 1 and "is no file of a low-rank update" in missing.stderr
+
+
+def test_windows_are_moved_as_a_whole_and_their_edges_repeated():
+    """Every clip is the padded clip cut at one place for all its frames; all 25 places come up."""
+    video = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 6, 5, 3)), jnp.float32)
+    moved = np.asarray(shifted(jnp.tile(video, (400, 1, 1, 1, 1)), jax.random.split(jax.random.key(0), 400), 2))
+    padded = np.pad(np.asarray(video[0]), ((0, 0), (2, 2), (2, 2), (0, 0)), mode="edge")
+    places = {(top, left): padded[:, top : top + 6, left : left + 5].tobytes() for top in range(5) for left in range(5)}
+    assert {clip.tobytes() for clip in moved} == set(places.values())

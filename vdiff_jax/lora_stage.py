@@ -118,6 +118,17 @@ def split_batch(data: DataConfig, config: LoraConfig) -> tuple[DataConfig, DataC
     return dataclasses.replace(data, batch_size=data.batch_size - count), checked_data(prior)
 
 
+def shifted(video: Array, keys: Array, shift: int) -> Array:
+    """`video [b f h w c]`, each clip moved by -shift .. shift pixels along both axes, its edges repeated; keys [b]."""
+    padded = jnp.pad(video, ((0, 0), (0, 0), (shift, shift), (shift, shift), (0, 0)), mode="edge")
+
+    def window(clip: Array, key: Array) -> Array:
+        top, left = jax.random.randint(key, (2,), 0, 2 * shift + 1)
+        return jax.lax.dynamic_slice(clip, (0, top, left, 0), video.shape[1:])
+
+    return jax.vmap(window)(padded, keys)
+
+
 def mixed(parts: list[Iterator[Batch]]) -> Iterator[Batch]:
     """Batches joined row by row in turn, so that levels drawn in order over a batch fall on all parts alike."""
     if len(parts) == 1:

@@ -97,6 +97,8 @@ class LoraConfig:
     prior_share: share of each batch that shows what the model was trained on, so that the rest is not forgotten.
     prior: where that comes from: fields of the data section that differ, as `dict(source="folder", folder="old")`;
         `split` is "train" again, `num_scenes` and `latent_cache` are empty, unless given.
+    shift: pixels by which a window of the new clips is moved at random, all frames alike, its edges repeated: few clips
+        show things in few places.
     """
 
     rank: int = 0
@@ -105,6 +107,7 @@ class LoraConfig:
     new_words: tuple[str, ...] = ()
     prior_share: float = 0.0
     prior: dict[str, Any] = dataclasses.field(default_factory=dict)
+    shift: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,6 +222,8 @@ def lora_config(recipe: Recipe) -> LoraConfig:
             f"lora.prior_share={config.prior_share} needs lora.prior: the fields of the data section that lead to what "
             "the model was trained on"
         )
+    if config.shift < 0 or (config.shift and recipe.data.latent_cache):
+        raise ValueError(f"lora.shift={config.shift}: 0, or above 0 without data.latent_cache, as it moves pixels")
     if config.rank and recipe.stage != "diffusion":
         raise ValueError(f"lora.rank={config.rank} works in the diffusion stage only: config.stage={recipe.stage!r}")
     if config.rank and not recipe.model.init_from:

@@ -30,7 +30,7 @@ from vdiff_jax.diffusion.prediction import check_kind
 from vdiff_jax.diffusion.schedule import make_schedule
 from vdiff_jax.interop import lora as lora_files
 from vdiff_jax.interop import pretrained, transformers
-from vdiff_jax.lora_stage import Personalisation, mixed, personalisation, split_batch
+from vdiff_jax.lora_stage import Personalisation, mixed, personalisation, shifted, split_batch
 from vdiff_jax.measures import channel_weights, latent_statistics, linear_path_start
 from vdiff_jax.models.autoencoder import latents_from_moments, sample_moments
 from vdiff_jax.models.text_encoder import TextEncoderConfig
@@ -181,7 +181,8 @@ def _diffusion_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Path
         return {name: part.init(jax.random.fold_in(key, index)) for index, (name, part) in enumerate(trainable.items())}
 
     frozen = jax.device_put({"autoencoder": autoencoder_params, "text_encoder": text_params}, parallel.replicated(mesh))
-    prepare = _prepare_fn(autoencoder, text if text_params is not None else None)
+    frozen_text = text if text_params is not None else None
+    prepare = [_prepare_fn(autoencoder, frozen_text, shift) for shift in (low_rank.shift if tuned else 0, 0)]
     anchor_rate = mixture.anchor_probability()
     stream = make_stream(data, seed=recipe.seed, tokenizer=tokenizer, anchor_rate=anchor_rate, digest=digest)
     streams = [(stream, data.batch_size)]
@@ -194,7 +195,7 @@ def _diffusion_stage(recipe: Recipe, data: DataConfig, mesh: Mesh, workdir: Path
         source, batch_size = streams[part]
         for index, batch in enumerate(source.starting_at(step, mesh), start=step):
             keys = _batch_keys(jax.random.fold_in(part_key, index), batch_size, mesh)
-            yield prepare(frozen, batch, keys)
+            yield prepare[part](frozen, batch, keys)
 
     def batches_from(step: int) -> Iterator[Batch]:
         return mixed([prepared(part, step) for part in range(len(streams))])
@@ -263,15 +264,23 @@ def _save_update(tuned: Personalisation, trainable: Params, settings: Settings, 
     pretrained.save_json(folder / "config.json", config)
 
 
-def _prepare_fn(autoencoder: Component, frozen_text: Component | None) -> Callable[[Params, Batch, Array], Batch]:
-    """Pixels (or cached moments) to final latents; prompts to features where the text encoder is frozen."""
+def _prepare_fn(
+    autoencoder: Component, frozen_text: Component | None, shift: int
+) -> Callable[[Params, Batch, Array], Batch]:
+    """Pixels (or cached moments) to final latents; prompts to features where the text encoder is frozen.
+
+    shift: see `lora_stage.shifted`.
+    """
 
     @jax.jit
     def prepare(frozen: Params, batch: Batch, keys: Array) -> Batch:
         batch = dict(batch)
         moments = batch.pop("moments", None)
         if moments is None:
-            moments = autoencoder.apply(frozen["autoencoder"], batch.pop("video"), method="encode_moments")
+            video = batch.pop("video")
+            if shift:
+                video = shifted(video, jax.vmap(jax.random.fold_in, (0, None))(keys, 1), shift)
+            moments = autoencoder.apply(frozen["autoencoder"], video, method="encode_moments")
         shape = (*moments.shape[1:-1], moments.shape[-1] // 2)
         noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
         batch["latents"] = latents_from_moments(moments, autoencoder.config, noise)
