@@ -14,6 +14,7 @@ TRAIN = ["train.py", "--config=configs/shapes_autoencoder.py", "--workdir={tmp}/
 FOLDER = [*TRAIN, "--config.data.source=folder"]
 DIFFUSION = ["train.py", "--config=configs/shapes.py", "--workdir={tmp}/run", "--config.model.autoencoder_from={model}"]
 SAMPLE = ["sample.py", "--model={model}", "--prompt=a red circle", "--out={tmp}/out.mp4"]
+EDIT = ["edit.py", "--model={model}", "--input={tmp}/clip.gif", "--out={tmp}/edited.gif", "--steps=1"]
 EVALUATE = ["evaluate.py", "--model={model}", "--config=configs/shapes.py", "--out={tmp}/report.json"]
 
 # name: (command, what the one sentence must say)
@@ -50,6 +51,21 @@ MISTAKES = {
     "no unet": (["sample.py", "--model={tmp}/coder", "--out={tmp}/out.mp4"], "no unet to sample from"),
     "no time": ([*SAMPLE, "--stride=0"], "stride=0.0: it must be above 0"),
     "unwritable sheet": ([*SAMPLE, "--sheet={tmp}/sheet.xyz"], ".xyz"),
+    "no input": (["edit.py", "--out={tmp}/edited.gif"], "--input must have a value"),
+    "input that is no video": ([*EDIT, "--input={tmp}/a_file"], "a_file"),
+    "no such input": ([*EDIT, "--input={tmp}/none.mp4"], "none.mp4 does not exist"),
+    "unknown task": ([*EDIT, "--task=repaint"], "task"),
+    "inpaint without a mask": ([*EDIT, "--task=inpaint"], "--task=inpaint needs --mask"),
+    "a mask of nothing": ([*EDIT, "--task=inpaint", "--mask=box:90,90,4,4"], "covers nothing of the clip"),
+    "a mask that is none": ([*EDIT, "--task=inpaint", "--mask=box:1,2"], "has no box in '1,2'"),
+    "unknown edit method": ([*EDIT, "--method=magic"], "edit method 'magic' is unknown"),
+    "too strong": ([*EDIT, "--strength=2"], "strength=2.0"),
+    "unknown effect": ([*EDIT, "--then=brihtness=0.1"], "brightness"),
+    "unknown restoration": ([*EDIT, "--task=restore", "--restore=sharpen"], "restoration 'sharpen' is unknown"),
+    "extend to less": ([*EDIT, "--task=extend", "--num_frames=2"], "num_frames=2"),
+    "prompt without a frame": ([*EDIT, "--task=extend", "--num_frames=9", "--prompt_at=red"], "give FRAME:PROMPT"),
+    "join with nothing": ([*EDIT, "--task=join"], "--task=join needs --second"),
+    "sides of what": ([*EDIT, "--task=outpaint", "--sides=1,2"], "--sides=1,2: give 4 numbers"),
     "unknown metric": (
         ["evaluate.py", "--model={model}", "--config=configs/shapes.py", "--metrics=fvd"],
         "metric 'fvd'",
@@ -76,6 +92,8 @@ GOOD = {
         "--config.train.num_steps=1",
         "--config.train.sample_steps=0",
     ],
+    "only effects": ["edit.py", "--task=none", "--input={tmp}/clip.gif", "--out={tmp}/good/fx", "--then=reverse"],
+    "an edit": [*EDIT, "--task=edit", "--prompt=a blue square", "--strength=1", "--out={tmp}/good/edited.gif"],
     "too long a prompt": [*SAMPLE[:2], f"--prompt={LONG}", "--out={tmp}/good/cut.gif", "--steps=1"],
 }
 
@@ -87,6 +105,8 @@ def outcome(model_folder, tmp_path_factory):
     for name in ("empty", "texts", "zero", "half", "good", "coder", "mixed/train"):
         (tmp / name).mkdir(parents=True)
     (tmp / "a_file").write_text("kept")
+    ramp = np.arange(3 * 16 * 16 * 3, dtype=np.int64).reshape(3, 16, 16, 3) // 9 % 256
+    Clip(ramp.astype(np.uint8), 8.0).save(tmp / "clip.gif")
     (tmp / "broken.py").write_text("def get_config(:\n")
     for index in range(3):
         (tmp / "texts" / f"{index}.mp4").write_text("this is no video\n" * 50)
@@ -124,7 +144,10 @@ def test_a_mistake_ends_in_one_sentence(name, outcome):
 
 def test_mistakes_leave_no_files(outcome):
     tmp, _, created = outcome
-    assert [name for name in created if not name.startswith("good/run/")] == ["good/cut.gif"]
+    assert [name for name in created if not name.startswith(("good/run/", "good/fx/"))] == [
+        "good/cut.gif",
+        "good/edited.gif",
+    ]
     assert (tmp / "a_file").read_text() == "kept"
 
 
@@ -143,6 +166,17 @@ def test_a_clip_that_cannot_be_used_is_left_out_and_named(outcome):
     assert result.code == 0 and "good/run/model/autoencoder.safetensors" in created, result
     warning = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
     assert len(warning) == 1 and "1 clip was skipped: broken.mp4: " in warning[0], result.stderr
+
+
+def test_edits_are_clips_of_the_input_s_size(outcome):
+    from vdiff_jax.data.video_io import read_video
+
+    tmp, results, _ = outcome
+    given, effects, edited = (read_video(tmp / name) for name in ("clip.gif", "good/fx", "good/edited.gif"))
+    assert results["only effects"].code == 0 and results["an edit"].code == 0, results["an edit"]
+    np.testing.assert_array_equal(effects.frames, given.frames[::-1])
+    assert edited.frames.shape == given.frames.shape and edited.fps == given.fps
+    assert edited.metadata["edits"][0]["prompt"] == "a blue square" and effects.metadata["effects"] == ["reverse"]
 
 
 def test_help_teaches(outcome):

@@ -46,8 +46,10 @@ class Measurement:
         """The measurement of a window's frames."""
         frames = slice(window.start, window.stop)
         std = self.noise_std[:, frames] if np.ndim(self.noise_std) > 1 else self.noise_std
+        count = self.observed.shape[1]
         parameters = jax.tree.map(
-            lambda leaf: leaf[:, frames] if np.ndim(leaf) == 5 else leaf, self.degradation.parameters
+            lambda leaf: leaf[:, frames] if np.ndim(leaf) == 5 and leaf.shape[1] == count else leaf,
+            self.degradation.parameters,
         )
         degradation = dataclasses.replace(self.degradation, parameters=parameters)
         return Measurement(self.observed[:, frames], degradation, std)
@@ -146,20 +148,33 @@ class Restoration(Session):
         if isinstance(task, Degradation):
             if observed is None:
                 raise ValueError(f"restoring by {task.name!r} needs observed=: what the degradation gave, [f ...]")
+            if len(observed) != self.clip.num_frames > self.window:
+                raise ValueError(
+                    f"{task.name!r} gave {len(observed)} of {self.clip.num_frames} frames: in windows of {self.window} "
+                    "frames one is needed for each; give a larger window"
+                )
             return Measurement(np.asarray(observed, np.float32)[None], task, std)
         video = to_video(self.frames)[None]
         if task == "denoise":
             std = float(estimate_noise(jnp.asarray(video))[0]) if noise_std is None else std
             return Measurement(video, degradations.identity(), std)
         if task == "salt_pepper":
-            seen = ~impulses(video)
-            return Measurement(video, degradations.identity(), np.where(seen, std, np.inf).astype(np.float32))
+            # At the clip's own size: resizing would spread them over their neighbours.
+            lost = impulses(to_video(self.clip.frames)[None])[0].any(axis=-1).astype(np.float32)
+            return self._without(lost, std)
         if task == "deblur":
             return Measurement(video, degradations.gaussian_blur(blur), std)
         if task == "superres":
             if self.height % factor or self.width % factor:
                 raise ValueError(f"factor={factor} does not divide the model's {self.height}x{self.width} pixels")
-            small = resize_frames(self.clip.frames, self.height // factor, self.width // factor)
+            height, width = self.height // factor, self.width // factor
+            if self.clip.frames.shape[1] > height or self.clip.frames.shape[2] > width:
+                have = "x".join(str(side) for side in self.clip.frames.shape[1:3])
+                raise ValueError(
+                    f"superres by {factor} of a clip of {have} pixels: at {self.height}x{self.width} the model can "
+                    f"enlarge at most {height}x{width}; give a size of {factor} times the clip's, or resize the clip"
+                )
+            small = resize_frames(self.clip.frames, height, width)
             return Measurement(to_video(small)[None], degradations.downsample(factor), std)
         if task == "colorize":
             gray = degradations.grayscale()
@@ -170,11 +185,15 @@ class Restoration(Session):
         if task == "fill":
             if mask is None:
                 raise ValueError("restoring by 'fill' needs mask=: the pixels that are lost, [f h w]")
-            lost = self.small_mask(mask)[None, ..., None] > 0.5
-            video = to_video(resize_frames(self.hole_filled(mask), self.height, self.width))[None]
-            std_of = np.where(lost, np.inf, std).astype(np.float32) * np.ones_like(video)
-            return Measurement(video, degradations.identity(), std_of)
+            return self._without(mask, std)
         raise ValueError(f"restoration {task!r} is unknown: choose one of {', '.join(RESTORE_TASKS)}")
+
+    def _without(self, lost: np.ndarray, std: float) -> Measurement:
+        """The clip where it is not under the mask `lost [f h w]`; what lies there has no part in the resizing."""
+        video = to_video(resize_frames(self.hole_filled(lost), self.height, self.width))[None]
+        unseen = self.small_mask(lost)[None, ..., None] > 0.5
+        noise_std = np.where(unseen, np.inf, std).astype(np.float32) * np.ones_like(video)
+        return Measurement(video, degradations.identity(), noise_std)
 
     def _noisy_latents(self, part: Measurement) -> tuple[Latents, Array]:
         """Latents of a noisy clip and the deviation of the noise in them, found by adding as much again."""

@@ -98,6 +98,8 @@ def roll_out(
     spacing: float = 1.0,
     given: bool = False,
     changes: Sequence[int] = (),
+    anchor: Latents | None = None,
+    anchor_age: int = 0,
     **sampling: Any,
 ) -> Iterator[Latents]:
     """Goes on after `first [b f h w c]`, window by window at constant memory; yields new latents `[b k h w c]`.
@@ -105,8 +107,9 @@ def roll_out(
     num_frames: how many frames to add; the last part is cut to them. prompts_at(i): the prompts of the window whose new
     frames begin `i` frames after the first of `first`. keys_at(n): keys `[b]` of the n-th window. given: `first` is a
     real clip, to be shown without noise as long as it is the context. changes: frames, counted as `prompts_at` does, at
-    which a window must begin; of the one before only the frames up to there are kept. sampling: `steps`,
-    `guidance_scale`, ... as `VideoDiffusion.complete`.
+    which a window must begin; of the one before only the frames up to there are kept. anchor: `[b 1 h w c]`, a frame
+    from `anchor_age` frames before `first`, where that is the end of a longer clip; default: the first one of `first`.
+    sampling: `steps`, `guidance_scale`, ... as `VideoDiffusion.complete`.
 
     Raises:
         ValueError: fewer frames in `first` than the context needs.
@@ -117,12 +120,12 @@ def roll_out(
             f"the clip has {first.shape[1]} frame(s), a context of {options.context} is asked: give a longer clip or a "
             "smaller context"
         )
-    anchor, statistics = first[:, :1], first
+    anchor, statistics = first[:, :1] if anchor is None else anchor, first
     recent, done = first[:, -options.context :], first.shape[1]
     end, number = first.shape[1] + num_frames, 0
     real_left = options.context if given else 0  # frames of the context that are real
     while done < end:
-        far = -min((done - options.context) * spacing, LONGEST_ANCHOR)
+        far = -min((done - options.context + anchor_age) * spacing, LONGEST_ANCHOR)
         line = motion.continuation(
             recent,
             options.new_frames,

@@ -139,6 +139,8 @@ class TimeEdits(Session):
             spacing=self.stride,
             given=True,
             changes=[frame - before for frame in prompt_changes(prompt)],
+            anchor=jnp.asarray(self.latents[:, :1]),
+            anchor_age=before,
             **unguided(words.strip(), sampling),
         )
         new = self.decode(np.concatenate([np.asarray(part) for part in parts], axis=1))
