@@ -101,7 +101,7 @@ def _parts(ev: Any) -> dict[str, Callable[[], dict[str, Any]]]:
     ):
         parts[f"long 160, {name}"] = lambda options=options: shapes_edits.long_clips(long, 160, options)
     parts["long 1600"] = lambda: shapes_edits.long_clips(dataclasses.replace(long, num_clips=4), 1600)
-    parts["memory"] = lambda: _peak_memory((16, 160))
+    parts["memory"] = lambda: _peak_memory((16, 160, 1600))
     parts["session"] = lambda: _session_times(ev.model)
     for task in shapes_restoration.TASKS:
         parts[f"restore {task}"] = lambda task=task: shapes_restoration.restoration(
@@ -114,20 +114,32 @@ def _parts(ev: Any) -> dict[str, Callable[[], dict[str, Any]]]:
     return parts
 
 
+REPORT_PEAK = """
+import atexit, runpy, sys
+
+def report():
+    status = open("/proc/self/status").read()
+    open(target, "w").write(status.split("VmHWM:")[1].split()[0])
+
+target, sys.argv = sys.argv[1], sys.argv[2:]
+atexit.register(report)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""A process that writes its peak memory in kB when it ends. What the parent sees of it begins with the parent's own."""
+
+
 def _peak_memory(lengths: tuple[int, ...]) -> dict[str, Any]:
     """Peak resident memory in MB of `sample.py --num_frames=...`, each in a process of its own, and the ratio."""
-    script = Path(__file__).parent.parent / "sample.py"
+    root = Path(__file__).parent.parent
+    prompt = "a red circle standing still on a grey background"
     peaks = {}
     with tempfile.TemporaryDirectory() as folder:
         for length in lengths:
-            command = [sys.executable, str(script), f"--model={_MODEL.value}", f"--num_frames={length}"]
-            command += ["--prompt=a red circle standing still on a grey background", f"--out={folder}/{length}.mp4"]
-            command += [] if length > 32 else ["--prompt_at=0:a red circle standing still on a grey background"]
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            _, status, usage = os.wait4(process.pid, 0)
-            if status:
-                raise RuntimeError(f"sample.py --num_frames={length} ended with status {status}")
-            peaks[f"mb_{length}"] = usage.ru_maxrss / 1024
+            command = [sys.executable, "-c", REPORT_PEAK, f"{folder}/peak", "sample.py", f"--model={_MODEL.value}"]
+            command += [f"--num_frames={length}", f"--prompt={prompt}", f"--out={folder}/{length}.mp4"]
+            environment = {**os.environ, "PYTHONPATH": str(root)}
+            subprocess.run(command, check=True, cwd=root, env=environment, capture_output=True)
+            peaks[f"mb_{length}"] = int(Path(folder, "peak").read_text()) / 1024
     first, *_, last = peaks.values()
     return {**peaks, "ratio": last / first}
 
