@@ -65,11 +65,15 @@ class Conditioning:
     text_mask: `[b n]` bool, True at real tokens.
     times: `[b f]` f32, real-valued time stamps in native frame intervals (0, 1, 2, ... by default;
         strides, slow motion and anchors are other numbers).
+    style_weight: `[b/2]` f32, or None for rows that do not see each other. Row `i` of the first half of the batch takes
+        its looks from row `i + b/2`, its style, by shared attention (see `editing.style.SharedAttention`): 0 = not at
+        all, 1 = as from itself, above 1 = more.
     """
 
     text: Float[Array, "b n d"] | None
     text_mask: Bool[Array, "b n"] | None
     times: Float[Array, "b f"]
+    style_weight: Float[Array, half_b] | None = None
 
 
 @struct

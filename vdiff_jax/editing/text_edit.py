@@ -23,7 +23,7 @@ from vdiff_jax.sampling.guidance import Guidance
 from vdiff_jax.sampling.inversion import NoiseTape
 from vdiff_jax.sampling.job import START_STREAM, reverse, stream
 from vdiff_jax.sampling.samplers import Sampler
-from vdiff_jax.types import Array, DecodeFn, DenoiseFn, Job, Known, Latents, static, struct
+from vdiff_jax.types import Array, DecodeFn, DenoiseFn, DenoiserWrapper, Job, Known, Latents, static, struct
 
 METHODS = ("flow", "inversion", "ddpm", "sdedit")
 
@@ -42,13 +42,13 @@ class FlowEdit:
     where x is the source and e the state of the walk, which starts at x. Its first-order step is FlowEdit (Kulikov et
     al. 2024). The job's `cond` is the target; known tokens of the job hold the target's context.
 
-    source: `[b f h w c]`. source_cond: what the denoiser is told of it. guidance, source_guidance: of either branch.
-    draws: noise draws averaged in every step; more is smoother and costs as many calls.
+    source: `[b f h w c]`. source_cond: what the denoiser is told of it. guidance, source_guidance: of either branch
+    (any wrapper in the target's). draws: noise draws averaged in every step; more is smoother and costs as many calls.
     """
 
     source: Latents
     source_cond: Any
-    guidance: Guidance | None = None
+    guidance: DenoiserWrapper | None = None
     source_guidance: Guidance | None = None
     draws: int = static(1)
     noise_kind: str = static("gaussian")

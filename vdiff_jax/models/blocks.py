@@ -82,8 +82,16 @@ class TransformerLayer(nnx.Module):
         self.norm3 = LayerNorm(features, dtype=dtype)
         self.feedforward = Feedforward(features, expansion=2, dtype=dtype)
 
-    def attend(self, tokens: Array, *, position: Array | None = None, mask: Array | None = None) -> Array:
-        return tokens + self.attn1(self.norm1(tokens), position=position, mask=mask)
+    def attend(
+        self,
+        tokens: Array,
+        *,
+        position: Array | None = None,
+        mask: Array | None = None,
+        style_weight: Array | None = None,
+    ) -> Array:
+        normed = self.norm1(tokens)
+        return tokens + self.attn1(normed, position=position, mask=mask, style_weight=style_weight)
 
     def cross(self, tokens: Array, text: Array, text_mask: Array | None) -> Array:
         assert self.attn2 is not None and self.norm2 is not None
@@ -97,7 +105,8 @@ class TransformerLayer(nnx.Module):
 class SpatialTransformer(nnx.Module):
     """Self-attention within each frame and cross-attention to the prompt, residual outside.
 
-    coordinates: tokens know where in the frame they stand, see `layers.coordinate_embedding`.
+    coordinates: tokens know where in the frame they stand, see `layers.coordinate_embedding`. Where `cond` has a
+    `style_weight`, frame t of a row shares its self-attention with frame t of the row's style.
     """
 
     def __init__(
@@ -125,7 +134,8 @@ class SpatialTransformer(nnx.Module):
         if self.position is not None:
             tokens = tokens + self.position(coordinate_embedding(height, width))[None, None]
         tokens = rearrange(tokens, "b f h w c -> (b f) (h w) c")
-        tokens = self.layer.attend(tokens)
+        weight = None if cond.style_weight is None else jnp.repeat(cond.style_weight, num_frames)
+        tokens = self.layer.attend(tokens, style_weight=weight)
         if cond.text is not None and self.layer.attn2 is not None:
             # All tokens of a clip share the prompt: one long query instead of a text copy per frame.
             tokens = rearrange(tokens, "(b f) n c -> b (f n) c", b=batch)
@@ -135,7 +145,10 @@ class SpatialTransformer(nnx.Module):
 
 
 class TemporalTransformer(nnx.Module):
-    """Self-attention over frames at each pixel, positions are the real time stamps `[b f]`; zero at the start."""
+    """Self-attention over frames at each pixel, positions are the real time stamps `[b f]`; zero at the start.
+
+    It is not shared with a style: what it carries is motion, and a style image stands still.
+    """
 
     def __init__(self, features: int, *, head_dim: int, norm_groups: int, implementation: str, dtype):
         self.norm = GroupNorm(features, groups=norm_groups, scope="video", epsilon=1e-6, dtype=dtype)
