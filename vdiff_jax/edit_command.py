@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -64,9 +66,13 @@ def run_task(editor: Editor, task: str, values: Mapping[str, Any], mask: np.ndar
         return editor.harmonise(prompt=prompt, **given("strength"), **plain)
     if task == "stylize":
         style = read_video(needed("style"), num_frames=1)
-        return editor.stylize(style, prompt, values["source_prompt"], **given("strength"), **guided)
+        source = values["source_prompt"] or None
+        return editor.stylize(style, prompt, source, **given("strength"), **guided)
     if task == "anomaly":
-        return editor.anomaly(prompt=prompt).overlay(editor.clip)
+        score = editor.anomaly(prompt=prompt)
+        for frame, value in enumerate(score.score):
+            print(f"frame {frame}: {value:.2f}", file=sys.stderr)
+        return dataclasses.replace(editor.clip, frames=score.sheet(editor.clip))
     raise ValueError(f"task {task!r} is unknown")
 
 

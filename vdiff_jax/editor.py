@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vdiff_jax import tasks
+from vdiff_jax.anomaly import AnomalyEdits
 from vdiff_jax.data.transforms import resize_frames, to_video
 from vdiff_jax.data.video_io import Clip
 from vdiff_jax.editing import degradations, motion
@@ -25,6 +26,7 @@ from vdiff_jax.restoration import Restoration
 from vdiff_jax.sampling.job import CLEAN_LOGSNR
 from vdiff_jax.sampling.posterior import PosteriorSampling
 from vdiff_jax.sampling.windows import Window
+from vdiff_jax.stylize import stylize_latents
 from vdiff_jax.time_edits import TimeEdits, unguided
 from vdiff_jax.types import DenoiserWrapper, Known, Latents
 
@@ -32,7 +34,7 @@ STRUCTURE_STD = 0.1
 """Deviation in -1..1 that the structure operator allows; smaller holds on to the input more tightly."""
 
 
-class Editor(TimeEdits, Restoration):
+class Editor(TimeEdits, Restoration, AnomalyEdits):
     """The edits of one clip; arguments as `Session`. Edits of time and repairs are in its base classes."""
 
     _inverted: dict[Any, tasks.Inverted]
@@ -159,6 +161,36 @@ class Editor(TimeEdits, Restoration):
             return tasks.harmonise(self.model, part, [prompt], strength, known=known, **arguments, **options)
 
         note = {"task": "harmonise", "prompt": prompt, "strength": strength, "seed": seed}
+        return self.finish(self.decode(self.walk(make)), note)
+
+    # By style ----------------------------------------------------------------------------------------------------
+
+    def stylize(
+        self,
+        style: Clip,
+        prompt: str = "",
+        source_prompt: str | None = None,
+        *,
+        strength: float = 1.0,
+        seed: int = 0,
+        **options: Any,
+    ) -> Clip:
+        """Give the clip the looks of a style image (the first frame of `style`): palette, contrast, texture.
+
+        prompt: what the result shows, without words for what the style decides. source_prompt: what the clip shows;
+        None = the same. strength: 0..1, how far. options: `structure`, `shared_attention`, `layout`, `method`, `steps`,
+        `guidance_scale` as in `stylize.stylize_latents`.
+        """
+        image = resize_frames(style.frames[:1], self.height, self.width)
+        looks = self.model.encode(to_video(image)[None])
+
+        def make(number: int, window: Window, known: Known) -> Latents:
+            source = jnp.asarray(self.latents[:, window.start : window.stop])
+            arguments: dict[str, Any] = dict(keys=self.keys(seed, number), known=known, times=self.times(window))
+            old = None if source_prompt is None else [source_prompt]
+            return stylize_latents(self.model, source, looks, [prompt], old, strength=strength, **arguments, **options)
+
+        note = {"task": "stylize", "prompt": prompt or None, "strength": strength, "seed": seed, **options}
         return self.finish(self.decode(self.walk(make)), note)
 
     # By mask -----------------------------------------------------------------------------------------------------

@@ -32,7 +32,8 @@ class EditOptions:
 
     method: "flow", "inversion", "ddpm" or "sdedit", see `editing.text_edit`.
     strength: 0..1, the schedule's coordinate of the level the walk starts from; higher changes more.
-    steps, guidance_scale, negative_prompt: of the walk with the new prompt; None = the model's own.
+    steps, guidance_scale, negative_prompt: of the walk with the new prompt; None = the model's own, but at least
+        `INVERSION_STEPS` for "inversion", which has to find its way back.
     source_guidance_scale: of the old prompt's estimate in "flow"; 1 = off.
     draws: noise draws averaged in every step of "flow".
     """
@@ -54,6 +55,9 @@ class EditOptions:
             raise ValueError(f"draws={self.draws}: it must be at least 1")
 
 
+INVERSION_STEPS = 50
+
+
 class Inverted(NamedTuple):
     """A clip as the noise that makes it: `z` at the plan's first level, or a whole tape (method "ddpm")."""
 
@@ -63,7 +67,10 @@ class Inverted(NamedTuple):
 
 def edit_plan(model: VideoDiffusion, options: EditOptions, batch: int, num_frames: int) -> Array:
     """The levels `[s+1 b f]` an edit walks, from the one of its strength to clean."""
-    return uniform_plan(model.schedule, model.steps(options.steps), batch, num_frames, options.strength)
+    steps = model.steps(options.steps)
+    if options.method == "inversion" and options.steps is None:
+        steps = max(steps, INVERSION_STEPS)
+    return uniform_plan(model.schedule, steps, batch, num_frames, options.strength)
 
 
 def invert(

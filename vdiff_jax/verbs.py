@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from vdiff_jax.anomaly import AnomalyScore
 from vdiff_jax.data.video_io import Clip
 from vdiff_jax.editing.degradations import Degradation
 from vdiff_jax.editor import Editor
@@ -66,6 +67,14 @@ class EditingVerbs:
     def join(self, first: ClipLike, second: Clip, num_frames: int = 8, prompt: str = "", **options: Any) -> Clip:
         """Two clips with a transition made between them. See `TimeEdits.join`."""
         return self.editor(first).join(second, num_frames, prompt, **options)
+
+    def stylize(self, video: ClipLike, style_image: Clip, prompt: str = "", **options: Any) -> Clip:
+        """The looks of a style image. See `Editor.stylize`."""
+        return self.editor(video).stylize(style_image, prompt, **options)
+
+    def anomaly(self, video: ClipLike, **options: Any) -> AnomalyScore:
+        """How unusual every frame is, and where: `score [f]`, `heat [f h w]`. See `AnomalyEdits.anomaly`."""
+        return self.editor(video).anomaly(**options)
 
     def loop(self, video: ClipLike, num_frames: int = 8, prompt: str = "", **options: Any) -> Clip:
         """A clip that ends where it begins. See `TimeEdits.loop`."""

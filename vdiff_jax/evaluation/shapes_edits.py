@@ -127,7 +127,7 @@ def _outside(frames: np.ndarray, truth: np.ndarray, around: np.ndarray) -> float
 
 def inversion(ev: Evaluation) -> dict[str, Any]:
     """Inversion and the way back with the same prompt, without guidance: PSNR in dB to the input of "inversion" (the
-    deterministic plan, from pure noise) and "ddpm" (the tape), and of the autoencoder alone ("codec")."""
+    deterministic plan) and "ddpm" (the tape) at their default strength, and of the autoencoder alone ("codec")."""
     records = moving_scenes(ev, ev.num_clips, stream=5)
     prompts = captions(records)
     found: dict[str, list[float]] = {"inversion": [], "ddpm": [], "codec": []}
@@ -137,7 +137,7 @@ def inversion(ev: Evaluation) -> dict[str, Any]:
         texts = [prompts[number] for number in index]
         results = {"codec": latents}
         for method in ("inversion", "ddpm"):
-            options = tasks.EditOptions(method, 1.0, guidance_scale=1.0)
+            options = tasks.EditOptions(method, guidance_scale=1.0)
             results[method] = tasks.edit_by_prompt(ev.model, latents, texts, texts, options, keys=ev.keys("iid", index))
         for name, values in results.items():
             clips = ev.model.decode(values) / 127.5 - 1.0
