@@ -41,11 +41,11 @@ def scene(name: str, num_frames: int = 16) -> tuple[Clip, str, np.ndarray]:
     world = make_world("small", size=32, num_frames=16, sizes=("large",), speeds=("fast",))
     drawn = draw_records(split_rng("iid", 0), world, "iid", 64)
     first = np.flatnonzero((drawn["count"] == 1) & (drawn["speed"][:, 0] >= 0))[:1]
-    words = dict(SCENES[name])
+    words: dict[str, Any] = dict(SCENES[name])
     place = words.pop("place")
     records = edit_records({key: value[first] for key, value in drawn.items()}, world, motion="moving", **words)
     records["position"][0, 0] = place
-    times = np.arange(num_frames, dtype=np.float32)[None]
+    times: Any = np.arange(num_frames, dtype=np.float32)[None]
     frames = to_uint8(np.asarray(render(records, times, world)))[0]
     return Clip(frames, 8.0), captions(records)[0], np.asarray(masks(records, times, world))[0, ..., 0]
 

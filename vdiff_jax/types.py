@@ -73,7 +73,7 @@ class Conditioning:
     text: Float[Array, "b n d"] | None
     text_mask: Bool[Array, "b n"] | None
     times: Float[Array, "b f"]
-    style_weight: Float[Array, half_b] | None = None
+    style_weight: Float[Array, " half_b"] | None = None
 
 
 @struct

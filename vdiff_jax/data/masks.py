@@ -110,8 +110,8 @@ def _colour_mask(text: str, frames: np.ndarray, spec: str) -> np.ndarray:
     try:
         if len(digits) != 6:
             raise ValueError(digits)
-        colour = tuple(int(digits[i : i + 2], 16) / 255.0 for i in (0, 2, 4))
+        red, green, blue = (int(digits[i : i + 2], 16) / 255.0 for i in (0, 2, 4))
         reach = float(distance or 0.15)
     except ValueError as error:
         raise ValueError(f"the mask {spec!r} is no colour: {USAGE}") from error
-    return colour_mask(frames, colour, reach)
+    return colour_mask(frames, (red, green, blue), reach)

@@ -39,13 +39,14 @@ def known_tokens(mask: np.ndarray, latent_height: int, latent_width: int, margin
     touched = cells.any(axis=(3, 5))
     if margin:
         side = 2 * margin + 1
-        touched = ndimage.maximum_filter(touched, size=(1, 1, side, side))
+        touched = np.asarray(ndimage.maximum_filter(touched, size=(1, 1, side, side)))
     return jnp.asarray(~touched[..., None], jnp.float32)
 
 
 def known_outside(latents: Latents, mask: np.ndarray, margin: int = MARGIN) -> Known:
     """What stays of a clip whose hole was filled before encoding: all tokens clear of `mask [b f H W]`."""
-    known = known_tokens(mask, *latents.shape[2:4], margin)
+    height, width = latents.shape[2:4]
+    known = known_tokens(mask, height, width, margin)
     return Known(latents, known, jnp.full(latents.shape[:2], CLEAN_LOGSNR, latents.dtype))
 
 
@@ -74,7 +75,7 @@ def _push_pull(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
     counts = np.pad(weight, pad).reshape(*shape, 1).sum(axis=(3, 5))
     coarse = _push_pull(sums / np.maximum(counts, 1e-6), np.minimum(counts, 1.0))
     fine = np.repeat(np.repeat(coarse, 2, axis=2), 2, axis=3)[:, :, :height, :width]
-    fine = ndimage.uniform_filter(fine, size=(1, 1, 3, 3, 1), mode="nearest")  # no staircase at the coarser cells
+    fine = ndimage.uniform_filter(fine, (1, 1, 3, 3, 1), mode="nearest")  # no staircase at the coarser cells
     return weight * values + (1 - weight) * fine
 
 
