@@ -27,9 +27,7 @@ _LORA = flags.DEFINE_list(
 )
 _PROMPT = flags.DEFINE_string("prompt", "", "What to show.")
 _NEGATIVE = flags.DEFINE_string("negative_prompt", "", "What to move away from.")
-_PROMPT_AT = flags.DEFINE_multi_string(
-    "prompt_at", [], "FRAME:PROMPT, in force from there on; repeat it."
-)
+_PROMPT_AT = flags.DEFINE_multi_string("prompt_at", [], "FRAME:PROMPT, in force from there on; repeat it.")
 _WINDOW = flags.DEFINE_integer("window", None, "Frames of a window of long clips; default: the model's own.")
 _OUT = flags.DEFINE_string("out", "out.mp4", "Output file; its suffix decides the format.")
 _SHEET = flags.DEFINE_string("sheet", "", "Also write a contact sheet (.png) here.")

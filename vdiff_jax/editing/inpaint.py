@@ -36,11 +36,11 @@ def known_tokens(mask: np.ndarray, latent_height: int, latent_width: int, margin
     cells = (np.asarray(mask) > 0.5).reshape(
         *mask.shape[:2], latent_height, height // latent_height, latent_width, width // latent_width
     )
-    touched = cells.any(axis=(3, 5))
+    touched = np.asarray(cells.any(axis=(3, 5)))
     if margin:
         side = 2 * margin + 1
         touched = np.asarray(ndimage.maximum_filter(touched, size=(1, 1, side, side)))
-    return jnp.asarray(~touched[..., None], jnp.float32)
+    return jnp.asarray(np.logical_not(touched)[..., None], jnp.float32)
 
 
 def known_outside(latents: Latents, mask: np.ndarray, margin: int = MARGIN) -> Known:
@@ -75,7 +75,8 @@ def _push_pull(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
     counts = np.pad(weight, pad).reshape(*shape, 1).sum(axis=(3, 5))
     coarse = _push_pull(sums / np.maximum(counts, 1e-6), np.minimum(counts, 1.0))
     fine = np.repeat(np.repeat(coarse, 2, axis=2), 2, axis=3)[:, :, :height, :width]
-    fine = ndimage.uniform_filter(fine, (1, 1, 3, 3, 1), mode="nearest")  # no staircase at the coarser cells
+    for axis in (2, 3):
+        fine = np.asarray(ndimage.uniform_filter1d(fine, 3, axis, mode="nearest"))  # no staircase at the coarser cells
     return weight * values + (1 - weight) * fine
 
 
