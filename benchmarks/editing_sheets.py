@@ -76,7 +76,6 @@ def sheets(model: Any) -> dict[str, Callable[[], tuple[Clip, Clip]]]:
     lost = 1 - np.asarray(block_mask(circle.frames.shape[:3], 8, 0.3).parameters[0])[0, ..., 0]
     broken = with_frames(circle, circle.frames * (1 - lost[..., None]))
     small = with_frames(circle, circle.frames.reshape(16, 8, 4, 8, 4, 3).mean((2, 4)))
-    gray = apply_effects(circle, "grayscale")
     soft = with_frames(circle, ndimage.gaussian_filter(circle.frames.astype(np.float32), (0, 1.5, 1.5, 0)))
     every_fourth = Clip(circle.frames[:13:4], 2.0)
     empty = with_frames(circle, np.full(circle.frames.shape, 76.5))
@@ -91,12 +90,10 @@ def sheets(model: Any) -> dict[str, Callable[[], tuple[Clip, Clip]]]:
         "add": lambda: (empty, model.inpaint(empty, room, red.replace("red circle", "green ring"))),
         "outpaint": lambda: (circle, model.outpaint(circle, "", left=8, right=8, guidance_scale=1.0)),
         "camera": lambda: (circle, model.move_camera(circle, "", pan=(10.0, 0.0), guidance_scale=1.0)),
-        "denoise": lambda: (noisy, model.restore(noisy, "denoise", noise_std=0.2, mean_of=2)),
-        "denoise_fast": lambda: (noisy, model.restore(noisy, "denoise", noise_std=0.2, method="fast")),
+        "denoise": lambda: (noisy, model.restore(noisy, "denoise", noise_std=0.2)),
         "superres": lambda: (small, model.restore(small, "superres", factor=4)),
         "fill": lambda: (broken, model.restore(broken, "fill", mask=lost)),
         "deblur": lambda: (soft, model.restore(soft, "deblur", blur=1.5)),
-        "colorize": lambda: (gray, model.restore(gray, "colorize")),
         "interpolate": lambda: (every_fourth, model.editor(every_fourth, stride=4.0).interpolate(4, red)),
         "join": lambda: (Clip(circle.frames[:5], 8.0), model.join(Clip(circle.frames[:5], 8.0),
                                                                   Clip(circle.frames[11:], 8.0), 6, red)),

@@ -26,8 +26,9 @@ from vdiff_jax.restoration import Restoration
 from vdiff_jax.sampling.job import CLEAN_LOGSNR
 from vdiff_jax.sampling.posterior import PosteriorSampling
 from vdiff_jax.sampling.windows import Window
+from vdiff_jax.session import unguided
 from vdiff_jax.stylize import stylize_latents
-from vdiff_jax.time_edits import TimeEdits, unguided
+from vdiff_jax.time_edits import TimeEdits
 from vdiff_jax.types import DenoiserWrapper, Known, Latents
 
 STRUCTURE_STD = 0.1

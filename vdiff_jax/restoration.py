@@ -20,10 +20,11 @@ from vdiff_jax.data.transforms import resize_frames, to_video
 from vdiff_jax.data.video_io import Clip
 from vdiff_jax.editing import degradations
 from vdiff_jax.editing.degradations import Degradation
+from vdiff_jax.editing.inpaint import known_outside, paste
 from vdiff_jax.editing.noise_estimate import estimate_noise
 from vdiff_jax.sampling.posterior import chi_square
 from vdiff_jax.sampling.windows import Window
-from vdiff_jax.session import Session
+from vdiff_jax.session import Session, unguided
 from vdiff_jax.types import Array, Known, Latents
 
 RESTORE_TASKS = ("denoise", "salt_pepper", "deblur", "superres", "colorize", "unblock", "fill")
@@ -69,7 +70,7 @@ class Restoration(Session):
         blur: float = 1.5,
         block: int = 8,
         mask: np.ndarray | None = None,
-        method: str = "posterior",
+        method: str | None = None,
         n_candidates: int = 1,
         mean_of: int = 1,
         steps: int | None = None,
@@ -85,7 +86,8 @@ class Restoration(Session):
             `Degradation` with `observed [f ...]`, what it gave, at the model's size.
         prompt: what the clip shows, if known. noise_std: of the measurement, pixels in 0..1; None = estimated for
             "denoise", that of 8 bits otherwise.
-        method: "posterior", or "fast" for "denoise": from the level of the noise on, without a measurement.
+        method: "posterior", or "fast": "denoise" starts from the level of the noise, "fill" knows the tokens that are
+            intact, both without a measurement. Default: "fast" where there is one.
         n_candidates: draws, of which the one that explains the measurement best is taken.
         mean_of: average of so many answers: nearer in squared error than any of them, and smoother.
         steps, iterations: of sampling, and of the solver in each step.
@@ -93,13 +95,18 @@ class Restoration(Session):
         Raises:
             ValueError: an unknown task or method, or what it needs is missing.
         """
-        if method not in ("posterior", "fast") or (method == "fast" and task != "denoise"):
-            raise ValueError(f"method={method!r} of {task!r}: choose posterior, or fast for denoise")
+        has_fast = isinstance(task, str) and task in ("denoise", "fill")
+        if method is None:
+            method = "fast" if has_fast and max(n_candidates, mean_of) == 1 else "posterior"
+        if method not in ("posterior", "fast") or (method == "fast" and not has_fast):
+            raise ValueError(f"method={method!r} of {task!r}: choose posterior, or fast for denoise and fill")
         if min(n_candidates, mean_of) < 1:
             raise ValueError(f"n_candidates={n_candidates}, mean_of={mean_of}: both must be at least 1")
         if method == "fast" and max(n_candidates, mean_of) > 1:
             raise ValueError(f"n_candidates={n_candidates}, mean_of={mean_of} of method='fast': it has one answer only")
         std = None if noise_std is None else 2.0 * noise_std
+        if method == "fast" and task == "fill":
+            return self._fill(mask, prompt, steps, seed)
         given = self._measure(task, observed, std, factor, blur, block, mask)
         prompts = [prompt] * n_candidates
 
@@ -132,6 +139,23 @@ class Restoration(Session):
             height, width = (side * factor for side in self.clip.frames.shape[1:3])
             clip = dataclasses.replace(clip, frames=resize_frames(frames, height, width))
         return clip
+
+    def _fill(self, mask: np.ndarray | None, prompt: str, steps: int | None, seed: int) -> Clip:
+        """What lies under the mask made anew around the tokens that it does not touch; the rest stays bit for bit."""
+        if mask is None:
+            raise ValueError("restoring by 'fill' needs mask=: the pixels that are lost, [f h w]")
+        latents = jnp.asarray(self.encode(resize_frames(self.hole_filled(mask), self.height, self.width)))
+        known = known_outside(latents, self.small_mask(mask)[None], margin=0)
+
+        def make(number: int, window: Window, part: Known) -> Latents:
+            options = unguided(prompt, {"steps": steps})
+            return self.model.complete(
+                part, [prompt], keys=self.keys(seed, number), times=self.times(window), **options
+            )
+
+        note = {"task": "restore", "restore": "fill", "prompt": prompt or None, "method": "fast", "seed": seed}
+        clip = self.finish(self.decode(self.walk(make, known)), note | {"steps": steps})
+        return dataclasses.replace(clip, frames=paste(self.clip.frames, clip.frames, mask, feather=0.0))
 
     def _measure(
         self,

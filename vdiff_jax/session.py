@@ -181,3 +181,8 @@ def _cover_cells(covered: np.ndarray, axis: int, size: int) -> np.ndarray:
     first, last = np.floor(edges[:-1] + 1e-9).astype(int), np.ceil(edges[1:] - 1e-9).astype(int)
     parts = [covered.take(range(a, b), axis).any(axis) for a, b in zip(first, last)]
     return np.stack(parts, axis)
+
+
+def unguided(prompt: str, sampling: dict[str, Any]) -> dict[str, Any]:
+    """`sampling` without guidance where there are no words to guide to or away from; it would cost a second call."""
+    return sampling if prompt or sampling.get("negative_prompt") else {"guidance_scale": 1.0, **sampling}

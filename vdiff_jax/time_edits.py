@@ -15,7 +15,7 @@ from vdiff_jax.editing import motion
 from vdiff_jax.rollout import PromptTimes, RollOut, prompt_at, prompt_changes
 from vdiff_jax.sampling.job import known_frames
 from vdiff_jax.sampling.windows import window_slices
-from vdiff_jax.session import Session
+from vdiff_jax.session import Session, unguided
 
 
 class TimeEdits(Session):
@@ -148,11 +148,6 @@ class TimeEdits(Session):
         note = {"task": "extend", "num_frames": num_frames, "prompt": told or None, "seed": seed, **sampling}
         clip = self.finish(new, note)
         return dataclasses.replace(clip, frames=np.concatenate([self.clip.frames, clip.frames]))
-
-
-def unguided(prompt: str, sampling: dict[str, Any]) -> dict[str, Any]:
-    """`sampling` without guidance where there are no words to guide to or away from; it would cost a second call."""
-    return sampling if prompt or sampling.get("negative_prompt") else {"guidance_scale": 1.0, **sampling}
 
 
 def _check_context(context: int) -> None:
