@@ -1,6 +1,8 @@
 """Settings every test shares: simulated devices, the compile cache, strict shapes, one tiny model."""
 
+import gc
 import os
+from pathlib import Path
 
 os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -14,6 +16,16 @@ from absl import flags
 jax.config.update("jax_numpy_rank_promotion", "raise")
 if not flags.FLAGS.is_parsed():  # grain's worker processes read absl flags
     flags.FLAGS(["pytest"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory():
+    """Compiled programs pile up over the files; beyond 2.5 GB they are dropped, and come back from the disk cache."""
+    yield
+    pages = int(Path("/proc/self/statm").read_text().split()[1]) if Path("/proc/self/statm").exists() else 0
+    if pages * os.sysconf("SC_PAGE_SIZE") > 2.5e9:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
