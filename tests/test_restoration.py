@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from vdiff_jax import tasks
-from vdiff_jax.data.transforms import resize_frames
+from vdiff_jax.data.transforms import resize_frames, to_video
 from vdiff_jax.data.video_io import Clip
 from vdiff_jax.editing import degradations
+from vdiff_jax.editing.classical import bicubic_upsample
 from vdiff_jax.editor import Editor
 from vdiff_jax.restoration import ROUNDING_STD, impulses
 
@@ -43,6 +44,7 @@ def test_a_larger_clip_is_the_candidate_that_explains_the_small_one_best(model):
     assert large.frames.shape == (3, 16, 16, 3) and large.fps == 8.0
     # The same draws, judged here: mean of 2 x 2 pixels against the small clip.
     observed = small.frames[None] / 127.5 - 1
+    guess = jnp.repeat(model.encode(bicubic_upsample(observed, 2)), 2, axis=0)
     drawn = tasks.restore(
         model,
         jnp.asarray(observed, jnp.float32),
@@ -53,12 +55,56 @@ def test_a_larger_clip_is_the_candidate_that_explains_the_small_one_best(model):
         keys=jax.random.split(session.keys(4)[0], 2),
         steps=2,
         iterations=1,
+        first_guess=guess,
     )
     frames = model.decode(drawn)
     video = frames / 127.5 - 1
     error = np.square(video.reshape(2, 3, 8, 2, 8, 2, 3).mean(axis=(3, 5)) - observed).mean(axis=(1, 2, 3, 4))
     assert abs(error[0] - error[1]) > 1e-4
     assert furthest(large.frames, frames[np.argmin(error)]) <= 2 < furthest(large.frames, frames[np.argmax(error)])
+
+
+def test_the_guess_that_explains_most_is_taken_for_each_clip(model):
+    right = np.stack([make_clip(3, 16, 16).frames, make_clip(3, 16, 16).frames[:, ::-1]]) / 127.5 - 1
+    guesses = [jnp.asarray(model.encode(clip.astype(np.float32))) for clip in (right[::-1], right, 0 * right)]
+    options = {"keys": jax.random.split(jax.random.key(0), 2), "steps": 2, "logsnr": model.schedule.logsnr_max - 0.1}
+    observed, gray = jnp.asarray(right[:1], jnp.float32), degradations.grayscale()
+    latents, chosen = tasks.likeliest_guess(model, guesses, gray(observed), gray, 0.1, **options)
+    np.testing.assert_array_equal(chosen, [1, 0])  # both clips are told to show the first
+    np.testing.assert_allclose(latents[0], guesses[1][0], atol=0.2)
+
+
+@pytest.mark.parametrize("task", ["deblur", "unblock", "colorize"])
+def test_a_posterior_begins_in_a_classical_answer_in_every_window(model, task, monkeypatch):
+    started, compared = [], []
+    restore, likeliest_guess = tasks.restore, tasks.likeliest_guess
+
+    def begin(*args, first_guess, **options):
+        started.append(np.asarray(first_guess))
+        return restore(*args, first_guess=first_guess, **options)
+
+    def choose(model, guesses, *args, **options):
+        compared.append(np.stack(guesses))
+        latents, chosen = likeliest_guess(model, guesses, *args, **options)
+        return latents, chosen * 0 + len(guesses) // 2
+
+    monkeypatch.setattr(tasks, "restore", begin)
+    monkeypatch.setattr(tasks, "likeliest_guess", choose)
+    clip = make_clip(5, 16, 16)
+    session = Editor(model, clip, window=3, overlap=1)
+    clean = session.restore(task, steps=1, iterations=1)
+    assert clean.frames.shape == clip.frames.shape and len(started) == 2
+    video = to_video(clip.frames)[None]
+    if task == "colorize":  # one hue for the whole clip
+        assert [len(guesses) for guesses in compared] == [degradations.HUES, 1]
+        gray = degradations.grayscale()
+        tinted = gray.first_guesses(gray(jnp.asarray(video)), 0.01, 5)[degradations.HUES // 2]
+        np.testing.assert_allclose(compared[1][0], model.encode(tinted[:, 2:]), atol=1e-4)
+    else:
+        assert not compared
+        degradation = degradations.mosaic(8) if task == "unblock" else degradations.gaussian_blur(1.5)
+        (guess,) = degradation.first_guesses(video, ROUNDING_STD, 5)
+        np.testing.assert_allclose(started[1], model.encode(guess[:, 2:]), atol=1e-4)
 
 
 def test_impulses_are_pixels_at_an_end_of_the_range_that_stand_alone():

@@ -2,7 +2,7 @@
 
 The cheapest way that is right comes first. Frames or whole tokens that are intact are known, and the rest is made
 around them, one call per step. White noise alone is a level of the process: denoise from there. Everything else is
-drawn from the posterior given the measurement (`sampling.posterior`), several times dearer.
+drawn from the posterior given the measurement (`sampling.posterior`), several times dearer, from a classical answer on.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ class Restoration(Session):
         prompt: what the clip shows, if known. noise_std: of the measurement, pixels in 0..1; None = estimated for
             "denoise", that of 8 bits otherwise.
         method: "posterior", or "fast": "denoise" starts from the level of the noise, "fill" knows the tokens that are
-            intact, both without a measurement. Default: "fast" where there is one.
+            intact, both without a measurement. Default: "fast" where there is one. "posterior" begins in a classical
+            answer (`Degradation.first_guesses`), for a `Degradation` without one in the clip itself.
         n_candidates: draws, of which the one that explains the measurement best is taken.
         mean_of: average of so many answers: nearer in squared error than any of them, and smoother.
         steps, iterations: of sampling, and of the solver in each step.
@@ -110,21 +111,34 @@ class Restoration(Session):
         given = self._measure(task, observed, std, factor, blur, block, mask)
         prompts = [prompt] * n_candidates
 
+        guesses: list[np.ndarray] = []
+        if method == "posterior":
+            guesses = given.degradation.first_guesses(given.observed, given.noise_std, self.clip.num_frames)
+            guesses = guesses or [to_video(self.frames)[None]]
+
         def answer(seed: int) -> np.ndarray:
+            left = list(range(len(guesses)))
+
             def make(number: int, window: Window, known: Known) -> Latents:
                 part = given.part(window)
                 keys = jax.random.split(self.keys(seed, number)[0], n_candidates)
-                arguments: dict[str, Any] = dict(keys=keys, steps=steps, times=self.times(window))
                 known = jax.tree.map(lambda leaf: jnp.repeat(leaf, n_candidates, axis=0), known)
+                arguments: dict[str, Any] = dict(keys=keys, known=known, times=self.times(window))
                 if method == "fast":
                     noisy, latent_std = self._noisy_latents(part)
-                    noisy = jnp.repeat(noisy, n_candidates, axis=0)
-                    drawn = tasks.denoise_from_level(self.model, noisy, latent_std, prompts, known=known, **arguments)
-                else:
-                    arguments |= dict(known=known, iterations=iterations)
-                    measured = (jnp.asarray(part.observed), part.degradation, part.noise_std)
-                    drawn = tasks.restore(self.model, *measured, known.latents.shape, prompts, **arguments)
-                return drawn if n_candidates == 1 else drawn[self._best(drawn, part)][None]
+                    return tasks.denoise_from_level(self.model, noisy, latent_std, prompts, steps=steps, **arguments)
+                measured = (jnp.asarray(part.observed), part.degradation, part.noise_std)
+                videos = [guesses[index][:, window.start : window.stop] for index in left]
+                begin = [jnp.repeat(self.model.encode(video), n_candidates, axis=0) for video in videos]
+                first_guess, chosen, level = begin[0], np.zeros(n_candidates, int), tasks.GUESS_LOGSNR
+                if len(guesses) > 1:
+                    first_guess, chosen = tasks.likeliest_guess(self.model, begin, *measured, prompts, **arguments)
+                    level = tasks.CHOSEN_LOGSNR
+                arguments |= dict(steps=steps, iterations=iterations, first_guess=first_guess, guess_logsnr=level)
+                drawn = tasks.restore(self.model, *measured, first_guess.shape, prompts, **arguments)
+                best = 0 if n_candidates == 1 else self._best(drawn, part)
+                left[:] = [left[chosen[best]]]  # what the first window was taken for, the whole clip is
+                return drawn[best][None]
 
             return self.decode(self.walk(make))
 

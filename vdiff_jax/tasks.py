@@ -12,13 +12,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from vdiff_jax.diffusion.noise import draw_noise
 from vdiff_jax.diffusion.process import scales
 from vdiff_jax.editing import text_edit
 from vdiff_jax.editing.degradations import Degradation
 from vdiff_jax.sampling.inversion import NoiseTape, ddpm_inversion
-from vdiff_jax.sampling.job import nothing_known, text_to_video_job, uniform_plan
-from vdiff_jax.sampling.posterior import PosteriorSampling
+from vdiff_jax.sampling.job import (
+    START_STREAM,
+    even_plan,
+    nothing_known,
+    stream,
+    text_to_video_job,
+    uniform_plan,
+)
+from vdiff_jax.sampling.posterior import PosteriorSampling, chi_square
 from vdiff_jax.sampling.samplers import sample
 from vdiff_jax.types import Array, Conditioning, DenoiserWrapper, Job, Known, Latents
 
@@ -56,6 +65,10 @@ class EditOptions:
 
 
 INVERSION_STEPS = 50
+GUESS_LOGSNR = -1.0
+"""Where sampling begins in a first guess: noise of 1.6 times the latents' deviation, more than a guess is wrong."""
+CHOSEN_LOGSNR = 0.5
+"""The same for a guess that the model has made natural itself."""
 
 
 class Inverted(NamedTuple):
@@ -175,6 +188,8 @@ def restore(
     keys: Array,
     steps: int | None = None,
     iterations: int = 8,
+    first_guess: Latents | None = None,
+    guess_logsnr: float = GUESS_LOGSNR,
     known: Known | None = None,
     times: Array | None = None,
 ) -> Latents:
@@ -183,13 +198,75 @@ def restore(
     noise_std: of the measurement in units of video (-1..1), see `PosteriorSampling`; the autoencoder's own error
     (`Settings.autoencoder_std`) is added to it, as no latents can explain the measurement better than that.
     iterations: of conjugate gradients in every step. prompts: one per clip or None. Guidance is off.
+    first_guess: latents of a classical answer. Sampling then begins in it, under noise of the level `guess_logsnr`, and
+    goes on in even steps of log-SNR. From pure noise it needs a network whose derivative is a covariance at the
+    noisiest levels too, as that of an exact denoiser is and that of a small network is not.
     """
-    noise_std = jax.tree.map(lambda std: jnp.hypot(jnp.asarray(std), model.settings.autoencoder_std), noise_std)
+    steps = model.steps(steps)
+    noise_std = _with_autoencoder(model, noise_std)
     cond = model.condition(prompts, times, shape)
-    job = text_to_video_job(keys, shape, model.schedule, model.steps(steps), cond, model.settings.noise)
+    if first_guess is None:
+        job = text_to_video_job(keys, shape, model.schedule, steps, cond, model.settings.noise)
+    else:
+        job = _job_from_guess(model, first_guess, guess_logsnr, steps, keys, cond)
     job = job if known is None else dataclasses.replace(job, known=known)
     posterior = PosteriorSampling(observed, degradation, noise_std, iterations)
     return model.run(sample, job, model.sampler("dpmpp_2m"), keys, wrappers=(posterior,))
+
+
+def likeliest_guess(
+    model: VideoDiffusion,
+    guesses: Sequence[Latents],
+    observed: Any,
+    degradation: Degradation,
+    noise_std: Any,
+    prompts: Sequence[str] | None = None,
+    *,
+    keys: Array,
+    steps: int = 12,
+    logsnr: float = -1.0,
+    known: Known | None = None,
+    times: Array | None = None,
+) -> tuple[Latents, np.ndarray]:
+    """For each sample the guess that explains what was observed best once the model has made it natural.
+
+    Each of `guesses` (latents `[b f h w c]`) is put under noise of the level `logsnr` and denoised, one call per step.
+    What the data does not hold, such as a colour no thing has at that brightness, moves away from the measurement by
+    that. Other arguments as for `restore`.
+
+    Returns:
+        latents `[b f h w c]`, and which guess they were, `[b]`.
+    """
+    cond, best = model.condition(prompts, times, guesses[0].shape), None
+    noise_std = _with_autoencoder(model, noise_std)
+    for number, guess in enumerate(guesses):
+        job = _job_from_guess(model, guess, logsnr, steps, keys, cond)
+        job = job if known is None else dataclasses.replace(job, known=known)
+        natural = model.run(sample, job, model.sampler("dpmpp_2m"), keys)
+        seen = degradation(jnp.asarray(model.decode(natural) / 127.5 - 1, jnp.float32))
+        chi = np.asarray(chi_square(observed, seen, noise_std))
+        if best is None:
+            best = natural, np.zeros(len(chi), int), chi
+            continue
+        closer = chi < best[2]
+        latents = jnp.where(closer[:, None, None, None, None], natural, best[0])
+        best = latents, np.where(closer, number, best[1]), np.minimum(chi, best[2])
+    assert best is not None
+    return best[0], best[1]
+
+
+def _with_autoencoder(model: VideoDiffusion, noise_std: Any) -> Any:
+    return jax.tree.map(lambda std: jnp.hypot(jnp.asarray(std), model.settings.autoencoder_std), noise_std)
+
+
+def _job_from_guess(
+    model: VideoDiffusion, guess: Latents, logsnr: float, steps: int, keys: Array, cond: Conditioning
+) -> Job:
+    """The job that begins in `guess` under noise of the level `logsnr`."""
+    plan = even_plan(model.schedule, steps, logsnr, *guess.shape[:2])
+    alpha, sigma = scales(plan[0], guess)
+    noise = draw_noise(stream(keys, START_STREAM), guess.shape[1:], model.settings.noise)
+    return Job(z=alpha * guess + sigma * noise, plan=plan, known=nothing_known(guess.shape), cond=cond)
 
 
 def denoise_from_level(

@@ -148,6 +148,36 @@ def test_composition_is_one_after_the_other():
     assert LINEAR["composed"].name == "gaussian blur 0.8, downsample x2 area"
 
 
+@pytest.mark.parametrize("name", [*sorted(set(LINEAR) - {"own"}), "quantized"])
+def test_a_first_guess_is_a_video_that_explains_what_is_seen(name):
+    degradation = d.quantize(9) if name == "quantized" else LINEAR[name]
+    video = np.asarray(ndimage.gaussian_filter(VIDEO, (0, 2, 3, 3, 0), mode="nearest")) * 4 + 0.3
+    y = run(degradation, video)
+    guesses = degradation.first_guesses(y, 0.01, SHAPE[1])
+    assert len(guesses) == (d.HUES if name == "grayscale" else 1)
+    for guess in guesses:
+        assert guess.shape == SHAPE and guess.dtype == np.float32
+        assert np.abs(run(degradation, guess) - y).mean() < 0.15 * np.abs(y).mean()
+
+
+def test_a_first_guess_fills_what_is_not_observed_and_smooths_what_is_noisy():
+    video = np.full(SHAPE, 0.4, np.float32)
+    unseen = np.where(MASK[None, ..., None], 0.01, np.inf) * np.ones(SHAPE)
+    (guess,) = d.identity().first_guesses(np.where(np.isinf(unseen), -1.0, video), unseen, SHAPE[1])
+    np.testing.assert_array_equal(guess, video)
+    noisy = video + 0.2 * np.random.default_rng(3).standard_normal(SHAPE)
+    (guess,) = d.identity().first_guesses(noisy, 0.2, SHAPE[1])
+    assert np.abs(guess - video).mean() < 0.5 * np.abs(noisy - video).mean()
+
+
+def test_functions_of_one_s_own_have_the_guess_they_are_given():
+    assert LINEAR["own"].first_guesses(run(LINEAR["own"]), 0.01, 4) == []
+    assert d.compose(LINEAR["own"], d.downsample(2)).guess is None
+    doubled = d.from_function(lambda video: 2 * video, guess=lambda y, noise_std, num_frames: [y / 2])
+    (guess,) = d.compose(doubled, d.gaussian_blur(0.5)).first_guesses(np.ones(SHAPE, np.float32), 0.01, 4)
+    np.testing.assert_allclose(guess, 0.5, atol=1e-5)
+
+
 def test_a_degradation_is_data_of_a_compiled_function():
     traces = []
 

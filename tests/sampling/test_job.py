@@ -11,6 +11,7 @@ from vdiff_jax.sampling import job as jobs
 SCHEDULE, STEPS, B, F = LinearLogSNR(), 4, 2, 6
 GRID = np.linspace(-10, 10, STEPS + 1)
 PLANS = {
+    "even": lambda: jobs.even_plan(SCHEDULE, STEPS, SCHEDULE.logsnr_min, B, F),
     "uniform": lambda: jobs.uniform_plan(SCHEDULE, STEPS, B, F),
     "ramp": lambda: jobs.ramp_plan(SCHEDULE, STEPS, 2, B, F),
     "autoregressive": lambda: jobs.autoregressive_plan(SCHEDULE, STEPS, B, F),
@@ -96,3 +97,10 @@ def test_mistakes_are_named():
         jobs.staggered_plan(SCHEDULE, STEPS, [0, -1], B)
     with pytest.raises(ValueError, match="steps 0 must be at least 1"):
         jobs.uniform_plan(SCHEDULE, 0, B, F)
+
+
+def test_even_steps_of_log_snr_from_any_level():
+    plan = jobs.even_plan(Cosine(-10.0, 8.0), 4, jnp.asarray([-2.0, 4.0]), 2, 3)
+    np.testing.assert_allclose(plan[:, 0, 1], [-2, 0.5, 3, 5.5, 8], atol=1e-5)
+    np.testing.assert_allclose(plan[:, 1, 2], [4, 5, 6, 7, 8], atol=1e-5)
+    np.testing.assert_allclose(jobs.even_plan(Cosine(-10.0, 8.0), 2, -99.0, 1, 1)[:, 0, 0], [-10, -1, 8], atol=1e-5)

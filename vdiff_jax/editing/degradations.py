@@ -9,17 +9,18 @@ but `quantize`. Blurs mirror the picture at its border with the edge pixel repea
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import ndimage
 
+from vdiff_jax.editing import classical
+from vdiff_jax.editing.classical import LUMA
 from vdiff_jax.types import Array, Video, static, struct
-
-LUMA = (0.2126, 0.7152, 0.0722)
-"""Weights of red, green and blue in BT.709 luma."""
 
 DOWNSAMPLE_KINDS = ("area", "bicubic")
 
@@ -34,37 +35,75 @@ class Degradation:
 
     parameters: arrays or pytrees of them, traced. apply: a function of a module, not one made for the call, or every
     new one compiles again. settings: hashable numbers that decide shapes. name: for messages and provenance.
+    guess: classical answers, `guess(y, noise_std, num_frames, *settings, *parameters) -> videos` in numpy.
     """
 
     parameters: tuple[Any, ...] = ()
     apply: Callable[..., Any] = static(_unchanged)
     settings: tuple[Any, ...] = static(())
     name: str = static("identity")
+    guess: Callable[..., list[np.ndarray]] | None = static(None)
 
     def __call__(self, video: Video) -> Any:
         return self.apply(video, *self.settings, *self.parameters)
 
+    def first_guesses(self, observed: Any, noise_std: Any, num_frames: int) -> list[np.ndarray]:
+        """Videos f32 `[b num_frames h w 3]` to start from, each the answer of a classical method.
+
+        Several where the measurement leaves open what no method can tell, as hue does with `grayscale`; none for a
+        function of the user's own. noise_std: of the measurement in -1..1, scalar or of its shape, inf = not observed.
+        """
+        if self.guess is None:
+            return []
+        return self.guess(np.asarray(observed, np.float32), noise_std, num_frames, *self.settings, *self.parameters)
+
 
 def identity() -> Degradation:
     """y = video: only noise is to be removed."""
-    return Degradation()
+    return Degradation(guess=_cleaned)
 
 
-def from_function(function: Callable[..., Any], *parameters: Any, name: str = "function") -> Degradation:
+def _cleaned(y: np.ndarray, noise_std: Any, num_frames: int) -> list[np.ndarray]:
+    """Missing entries filled, strong noise smoothed."""
+    noise_std = np.asarray(noise_std, np.float32)
+    if np.isinf(noise_std).any():
+        observed = np.isfinite(np.broadcast_to(noise_std, y.shape))
+        y = classical.fill_missing(y, np.min(observed, axis=-1, keepdims=True))
+    return [classical.median_denoise(y) if _smallest(noise_std) > 0.05 else y]
+
+
+def _smallest(noise_std: Any) -> float:
+    return float(max(np.min(noise_std), 1e-3))
+
+
+def from_function(
+    function: Callable[..., Any],
+    *parameters: Any,
+    name: str = "function",
+    guess: Callable[..., list[np.ndarray]] | None = None,
+) -> Degradation:
     """The user's own: `function(video, *parameters)`, made of JAX operations with derivatives of both modes.
 
-    Parameters are traced. y of sample i may depend on video i only.
+    Parameters are traced. y of sample i may depend on video i only. guess: see `Degradation`; without one the clip that
+    is restored is the first guess.
     """
-    return Degradation(parameters, function, (), name)
+    return Degradation(parameters, function, (), name, guess)
 
 
 def compose(first: Degradation, then: Degradation) -> Degradation:
     """`then(first(video))`."""
-    return Degradation((first, then), _compose, (), f"{first.name}, {then.name}")
+    guess = None if first.guess is None or then.guess is None else _guess_back
+    return Degradation((first, then), _compose, (), f"{first.name}, {then.name}", guess)
 
 
 def _compose(video: Video, first: Degradation, then: Degradation) -> Any:
     return then(first(video))
+
+
+def _guess_back(y: Any, noise_std: Any, num_frames: int, first: Degradation, then: Degradation) -> list[np.ndarray]:
+    """One after another; what `first` left has the noise of y, spread over all of it."""
+    seen, rest = then.first_guesses(y, noise_std, num_frames), _smallest(noise_std)
+    return [guess for video in seen for guess in first.first_guesses(video, rest, num_frames)]
 
 
 # Resolution -------------------------------------------------------------------------------------------------------
@@ -82,7 +121,11 @@ def downsample(factor: int, kind: str = "area") -> Degradation:
     _at_least("factor", factor, 1)
     if kind not in DOWNSAMPLE_KINDS:
         raise ValueError(f"downsampling kind {kind!r} is unknown; use one of {', '.join(DOWNSAMPLE_KINDS)}.")
-    return Degradation((), _downsample, (int(factor), kind), f"downsample x{factor} {kind}")
+    return Degradation((), _downsample, (int(factor), kind), f"downsample x{factor} {kind}", _enlarged)
+
+
+def _enlarged(y: np.ndarray, noise_std: Any, num_frames: int, factor: int, kind: str) -> list[np.ndarray]:
+    return [classical.bicubic_upsample(y, factor)]
 
 
 def _downsample(video: Video, factor: int, kind: str) -> Array:
@@ -101,7 +144,11 @@ def mosaic(block: int) -> Degradation:
     its standard deviation.
     """
     _at_least("block", block, 1)
-    return Degradation((), _mosaic, (int(block),), f"mosaic {block}")
+    return Degradation((), _mosaic, (int(block),), f"mosaic {block}", _smoothed)
+
+
+def _smoothed(y: np.ndarray, noise_std: Any, num_frames: int, block: int) -> list[np.ndarray]:
+    return [np.asarray(ndimage.gaussian_filter(y, (0, 0, block / 3, block / 3, 0), mode="reflect"))]
 
 
 def _mosaic(video: Video, block: int) -> Array:
@@ -124,7 +171,7 @@ def gaussian_blur(std_px: float) -> Degradation:
     reach = np.arange(-int(4 * std_px + 0.5), int(4 * std_px + 0.5) + 1)
     line = np.exp(-0.5 * (reach / std_px) ** 2)
     line = jnp.asarray(line / line.sum(), jnp.float32)
-    return Degradation((line[:, None], line[None]), _blur, (), f"gaussian blur {std_px:g}")
+    return Degradation((line[:, None], line[None]), _blur, (), f"gaussian blur {std_px:g}", _sharpened)
 
 
 def motion_blur(length: float, angle: float) -> Degradation:
@@ -132,7 +179,13 @@ def motion_blur(length: float, angle: float) -> Degradation:
 
     Each point of the line is shared by the four pixels around it. Border: see the module.
     """
-    return Degradation((jnp.asarray(motion_kernel(length, angle)),), _blur, (), f"motion blur {length:g} at {angle:g}")
+    kernel = jnp.asarray(motion_kernel(length, angle))
+    return Degradation((kernel,), _blur, (), f"motion blur {length:g} at {angle:g}", _sharpened)
+
+
+def _sharpened(y: np.ndarray, noise_std: Any, num_frames: int, *kernels: Array) -> list[np.ndarray]:
+    kernel = functools.reduce(np.multiply, [np.asarray(kernel) for kernel in kernels])  # a column times a row
+    return [classical.wiener_deconvolve(y, kernel, _smallest(noise_std))]
 
 
 def motion_kernel(length: float, angle: float) -> np.ndarray:
@@ -176,7 +229,11 @@ def mask_pixels(mask: Any) -> Degradation:
     Raises:
         ValueError: a mask of another number of axes.
     """
-    return Degradation((_pixel_mask(mask),), _seen_through, (), "mask")
+    return Degradation((_pixel_mask(mask),), _seen_through, (), "mask", _filled)
+
+
+def _filled(y: np.ndarray, noise_std: Any, num_frames: int, mask: Array) -> list[np.ndarray]:
+    return [classical.fill_missing(y, np.asarray(mask) > 0.5)]
 
 
 def _seen_through(video: Video, mask: Array) -> Array:
@@ -210,7 +267,7 @@ def block_mask(shape: Sequence[int], block: int, missing: float, seed: int = 0) 
     lost = np.arange(rows * columns) < round(missing * rows * columns)
     observed = ~np.stack([rng.permutation(lost) for _ in range(f)]).reshape(f, rows, columns)
     mask = observed.repeat(block, axis=1).repeat(block, axis=2)[:, :h, :w]
-    return Degradation((_pixel_mask(mask),), _seen_through, (), f"blocks of {block} missing")
+    return Degradation((_pixel_mask(mask),), _seen_through, (), f"blocks of {block} missing", _filled)
 
 
 def keep_frames(frames: Sequence[int] | np.ndarray) -> Degradation:
@@ -226,18 +283,29 @@ def keep_frames(frames: Sequence[int] | np.ndarray) -> Degradation:
         raise ValueError(
             f"frames {chosen.tolist()} must be a list of indices or a bool vector with at least one frame."
         )
-    return Degradation((), _keep_frames, (tuple(chosen.tolist()),), "some frames")
+    return Degradation((), _keep_frames, (tuple(chosen.tolist()),), "some frames", _blended)
+
+
+def _blended(
+    y: np.ndarray, noise_std: Any, num_frames: int, frames: tuple[int, ...] | tuple[bool, ...]
+) -> list[np.ndarray]:
+    kept, order = np.unique(_kept_indices(frames, num_frames), return_index=True)
+    return [classical.blend_frames(y[:, order], kept, num_frames)]
 
 
 def _keep_frames(video: Video, frames: tuple[int, ...] | tuple[bool, ...]) -> Array:
-    chosen, num_frames = np.asarray(frames), video.shape[1]
+    return video[:, _kept_indices(frames, video.shape[1])]
+
+
+def _kept_indices(frames: tuple[int, ...] | tuple[bool, ...], num_frames: int) -> np.ndarray:
+    chosen = np.asarray(frames)
     if chosen.dtype == np.bool_:
         if len(chosen) != num_frames:
             raise ValueError(f"the bool vector of kept frames has {len(chosen)} entries; the clip has {num_frames}.")
         chosen = np.flatnonzero(chosen)
     if chosen.min() < -num_frames or chosen.max() >= num_frames:
         raise ValueError(f"kept frames {chosen.tolist()} lie outside a clip of {num_frames} frames.")
-    return video[:, chosen]
+    return chosen % num_frames
 
 
 # Colour and depth -------------------------------------------------------------------------------------------------
@@ -245,7 +313,15 @@ def _keep_frames(video: Video, frames: tuple[int, ...] | tuple[bool, ...]) -> Ar
 
 def grayscale() -> Degradation:
     """BT.709 luma of the gamma-coded values, y `[b f h w 1]`; a gray clip's is the gray itself."""
-    return Degradation((), _grayscale, (), "grayscale")
+    return Degradation((), _grayscale, (), "grayscale", _tinted)
+
+
+HUES = 24
+"""First guesses of a grey clip, one for each of so many hues."""
+
+
+def _tinted(y: np.ndarray, noise_std: Any, num_frames: int) -> list[np.ndarray]:
+    return [classical.tint(y, 2 * np.pi * number / HUES) for number in range(HUES)]
 
 
 def _grayscale(video: Video) -> Array:
@@ -261,7 +337,11 @@ def quantize(levels: int) -> Degradation:
         ValueError: fewer than 2 levels.
     """
     _at_least("levels", levels, 2)
-    return Degradation((jnp.float32(levels - 1),), _quantize, (), f"quantize {levels}")
+    return Degradation((jnp.float32(levels - 1),), _quantize, (), f"quantize {levels}", _as_seen)
+
+
+def _as_seen(y: np.ndarray, noise_std: Any, num_frames: int, steps: Array) -> list[np.ndarray]:
+    return [y]
 
 
 def _quantize(video: Video, steps: Array) -> Array:

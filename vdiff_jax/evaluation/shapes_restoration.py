@@ -9,8 +9,9 @@
 | frames        | every third frame                                   | the better of repeating and linear blending |
 | colour        | luma only                                           | grey copy                                   |
 
-No prompt is given. Noise and blocks take the fast way of `Restoration.restore`, the others the posterior. A baseline
-that has a choice gets the better one for its mean PSNR, told by the truth.
+No prompt is given. Blocks and frames take the fast way of `Restoration.restore`, noise both ("single" and "mean" by the
+posterior, "fast" in one answer), the others the posterior. A baseline that has a choice gets the better one for its
+mean PSNR, told by the truth.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from scipy import ndimage
 from vdiff_jax import tasks
 from vdiff_jax.data.shapes import Records
 from vdiff_jax.data.shapes_world import COLOURS, PALETTE
-from vdiff_jax.editing import degradations
-from vdiff_jax.editing.degradations import LUMA, Degradation
+from vdiff_jax.editing import classical, degradations
+from vdiff_jax.editing.classical import LUMA
+from vdiff_jax.editing.degradations import Degradation
 from vdiff_jax.editing.inpaint import fill_hole, known_outside
-from vdiff_jax.evaluation import baselines
 from vdiff_jax.evaluation.metrics import psnr
 from vdiff_jax.evaluation.shapes_edits import object_masks
 from vdiff_jax.evaluation.shapes_tasks import Evaluation, average, moving_scenes, share
@@ -46,17 +47,18 @@ DRAWS = 4
 
 def restoration(ev: Evaluation, task: str, steps: int = 25) -> dict[str, Any]:
     """One restoration: "single" (PSNR in dB of one draw), "mean" (of the mean of 4), "baseline", their differences
-    "gain_single" and "gain_mean", and "codec" (the truth through the autoencoder). For "colour" also "hue_error" in
-    degrees within the object, the same of the mean, and "hue_error_gray" (90, what no knowledge of hue gives)."""
+    "gain_single" and "gain_mean", and "codec" (the truth through the autoencoder). For "noise" also "fast". For
+    "colour" also "hue_error" in degrees within the object, the same of the mean, and "hue_error_gray" (90, what no
+    knowledge of hue gives)."""
     records = moving_scenes(ev, ev.num_clips, stream=11)
     rows: list[dict[str, float]] = []
     for index in ev.batches(ev.num_clips):
         truth = ev.video(records, index, ev.num_frames)
-        draws, classical = _restore(ev, task, truth, index, steps)
+        draws, others = _restore(ev, task, truth, index, steps)
         codec = ev.model.decode(ev.model.encode(truth)) / 127.5 - 1.0
         hidden = _judged_frames(task, ev.num_frames)
         for k in range(len(set(index))):
-            row = {name: psnr(clips[k][hidden], truth[k][hidden]) for name, clips in classical.items()}
+            row = {name: psnr(clips[k][hidden], truth[k][hidden]) for name, clips in others.items()}
             row |= {"single": psnr(draws[0][k][hidden], truth[k][hidden])}
             row |= {"mean": psnr(np.mean([draw[k] for draw in draws], axis=0)[hidden], truth[k][hidden])}
             rows.append(row | {"codec": psnr(codec[k][hidden], truth[k][hidden])})
@@ -83,7 +85,7 @@ def _judged_frames(task: str, num_frames: int) -> np.ndarray:
 def _restore(
     ev: Evaluation, task: str, truth: np.ndarray, index: np.ndarray, steps: int
 ) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
-    """(draws, baselines by name), clips in -1..1."""
+    """(draws, baselines and other answers by name), clips in -1..1."""
     latents = ev.model.encode(truth)
 
     def keys(draw: int) -> Array:
@@ -100,31 +102,37 @@ def _restore(
         draws = [decode(ev.model.complete(known, keys=keys(d), steps=steps, guidance_scale=1.0)) for d in range(DRAWS)]
         given = truth[:, kept]
         return draws, {
-            "baseline repeat": baselines.repeat_frames(given, kept, ev.num_frames),
-            "baseline blend": baselines.blend_frames(given, kept, ev.num_frames),
+            "baseline repeat": classical.repeat_frames(given, kept, ev.num_frames),
+            "baseline blend": classical.blend_frames(given, kept, ev.num_frames),
         }
     degradation, std = _degradation(task, truth.shape, index), NOISE_STD[task]
     noise = np.stack([np.random.default_rng([ev.seed, 12, number]).standard_normal(
         jax.eval_shape(degradation, truth).shape[1:]) for number in index])  # fmt: skip
     observed = np.asarray(degradation(jnp.asarray(truth))) + std * noise.astype(np.float32)
     noise_std = jnp.float32(std)
-    if task == "noise":  # white noise is a level of the process; from there on there is one answer
-        noisy = ev.model.encode(observed)
-        again = np.random.default_rng([ev.seed, 13]).standard_normal(observed.shape).astype(np.float32)
-        latent_std = jnp.sqrt(jnp.mean(jnp.square(ev.model.encode(observed + std * again) - noisy)))
-        answer = decode(tasks.denoise_from_level(ev.model, noisy, latent_std, keys=keys(0), steps=steps))
-        return [answer], _baselines(task, observed, degradation)
     if task == "blocks":  # whole tokens are intact
         lost = 1.0 - np.asarray(degradation.parameters[0])[..., 0]
         known = known_outside(ev.model.encode(fill_hole(observed, lost)), lost, margin=0)
         made = [decode(ev.model.complete(known, keys=keys(d), steps=steps, guidance_scale=1.0)) for d in range(DRAWS)]
         draws = [np.where(lost[..., None] > 0.5, clip, observed) for clip in made]
         return draws, _baselines(task, observed, degradation)
+    measured = (jnp.asarray(observed), degradation, noise_std)
+    guesses = [ev.model.encode(guess) for guess in degradation.first_guesses(observed, std, ev.num_frames)]
     draws = []
     for draw in range(DRAWS):
-        measured = (jnp.asarray(observed), degradation, noise_std)
-        draws.append(decode(tasks.restore(ev.model, *measured, latents.shape, keys=keys(draw), steps=steps)))
-    return draws, _baselines(task, observed, degradation)
+        first_guess, level = guesses[0], tasks.GUESS_LOGSNR
+        if len(guesses) > 1:
+            first_guess, _ = tasks.likeliest_guess(ev.model, guesses, *measured, keys=keys(draw))
+            level = tasks.CHOSEN_LOGSNR
+        arguments: dict[str, Any] = dict(first_guess=first_guess, guess_logsnr=level, steps=steps)
+        draws.append(decode(tasks.restore(ev.model, *measured, latents.shape, keys=keys(draw), **arguments)))
+    answers = _baselines(task, observed, degradation)
+    if task == "noise":  # white noise is a level of the process; from there on there is one answer
+        again = np.random.default_rng([ev.seed, 13]).standard_normal(observed.shape).astype(np.float32)
+        noisy = ev.model.encode(observed)
+        latent_std = jnp.sqrt(jnp.mean(jnp.square(ev.model.encode(observed + std * again) - noisy)))
+        answers["fast"] = decode(tasks.denoise_from_level(ev.model, noisy, latent_std, keys=keys(0), steps=steps))
+    return draws, answers
 
 
 def _degradation(task: str, shape: tuple[int, ...], index: np.ndarray) -> Degradation:
@@ -144,17 +152,17 @@ def _degradation(task: str, shape: tuple[int, ...], index: np.ndarray) -> Degrad
 
 def _baselines(task: str, observed: np.ndarray, degradation: Degradation) -> dict[str, np.ndarray]:
     if task == "superres":
-        return {"baseline bicubic": baselines.bicubic_upsample(observed, 4)}
+        return {"baseline bicubic": classical.bicubic_upsample(observed, 4)}
     if task == "noise":
         smooth = ndimage.gaussian_filter(observed, sigma=(0, 0.7, 1.0, 1.0, 0), mode="nearest")
-        return {"baseline median": baselines.median_denoise(observed), "baseline gaussian": np.asarray(smooth)}
+        return {"baseline median": classical.median_denoise(observed), "baseline gaussian": np.asarray(smooth)}
     if task == "blocks":
-        return {"baseline fill": baselines.fill_missing(observed, np.asarray(degradation.parameters[0]))}
+        return {"baseline fill": classical.fill_missing(observed, np.asarray(degradation.parameters[0]))}
     if task == "blur":
         kernel = np.asarray(ndimage.gaussian_filter(np.eye(1, 169, 84).reshape(13, 13), BLUR_STD))
-        wiener = baselines.wiener_deconvolve(observed, kernel, NOISE_STD["blur"])
-        return {"baseline wiener": wiener, "baseline unsharp": baselines.unsharp(observed, BLUR_STD)}
-    return {"baseline grey": baselines.gray_copy(observed)}
+        wiener = classical.wiener_deconvolve(observed, kernel, NOISE_STD["blur"])
+        return {"baseline wiener": wiener, "baseline unsharp": classical.unsharp(observed, BLUR_STD)}
+    return {"baseline grey": classical.gray_copy(observed)}
 
 
 def _hue_errors(ev: Evaluation, records: Records, number: int, truth: np.ndarray, draws: list[np.ndarray]):

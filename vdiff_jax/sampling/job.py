@@ -82,6 +82,17 @@ def uniform_plan(schedule: Schedule, steps: int, batch: int, num_frames: int, st
     return jnp.broadcast_to(grid(schedule, steps, start)[:, None, None], (steps + 1, batch, num_frames))
 
 
+def even_plan(schedule: Schedule, steps: int, logsnr: float | Array, batch: int, num_frames: int) -> Array:
+    """All frames at one level, `[steps+1 b f]`, from `logsnr` to clean in even steps of log-SNR.
+
+    logsnr: scalar, `[b]` or `[b f]`, clipped to the schedule's range.
+    """
+    start = jnp.clip(jnp.asarray(logsnr, jnp.float32), schedule.logsnr_min, schedule.logsnr_max)
+    start = jnp.broadcast_to(start[:, None] if start.ndim == 1 else start, (batch, num_frames))
+    share = jnp.linspace(0.0, 1.0, steps + 1)[:, None, None]
+    return start[None] + share * (schedule.logsnr_max - start)[None]
+
+
 def staggered_plan(schedule: Schedule, steps: int, starts: Sequence[int] | np.ndarray, batch: int) -> Array:
     """Frame i waits `starts[i]` steps in noise, takes `steps` steps, then stays clean; `[max(starts)+steps+1 b f]`."""
     starts_array = np.asarray(starts)

@@ -1,6 +1,6 @@
-"""Classical restoration without a model: what every learned one has to beat. In numpy and scipy, f32 out.
+"""Classical restoration without a model: where a learned one starts, and what it has to beat. In numpy and scipy.
 
-All take video f32 [b f h w c] in about -1..1 and work on every clip alone.
+All take video f32 [b f h w c] in about -1..1, return the same and work on every clip alone.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 from scipy import ndimage
+
+LUMA = (0.2126, 0.7152, 0.0722)
+"""Weights of red, green and blue in BT.709 luma."""
 
 
 def bicubic_upsample(video: np.ndarray, factor: int) -> np.ndarray:
@@ -127,10 +130,28 @@ def blend_frames(kept: np.ndarray, frames: Sequence[int] | np.ndarray, num_frame
 
 def gray_copy(luma: np.ndarray) -> np.ndarray:
     """Luma [b f h w 1] as all three channels."""
+    return np.repeat(_one_channel(luma), 3, axis=-1)
+
+
+def tint(luma: np.ndarray, angle: float) -> np.ndarray:
+    """Luma [b f h w 1] coloured by one hue, all luma kept.
+
+    angle: of the hue in radians; 0 is red, a third of the circle green. Bright parts are coloured nearly as strongly as
+    the range of values allows, dark ones hardly, as dark parts of pictures mostly are.
+    """
+    brightness = np.clip((_one_channel(luma) + 1) / 2, 0.0, 1.0)
+    colour = np.cos(angle) * np.array([1.0, -0.5, -0.5]) + np.sin(angle) * np.sqrt(0.75) * np.array([0.0, 1.0, -1.0])
+    colour = colour - colour @ LUMA
+    room = np.where(colour > 0, 1 - brightness, brightness) / np.abs(colour).clip(1e-6)
+    strength = 0.9 * np.minimum(1.0, brightness / 0.45) ** 2 * room.min(axis=-1, keepdims=True)
+    return (2 * (brightness + strength * colour) - 1).astype(np.float32)
+
+
+def _one_channel(luma: np.ndarray) -> np.ndarray:
     luma = _video(luma)
     if luma.shape[-1] != 1:
         raise ValueError(f"luma must be [b f h w 1], got {luma.shape}.")
-    return np.repeat(luma, 3, axis=-1)
+    return luma
 
 
 def _video(video: np.ndarray) -> np.ndarray:

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
+from vdiff_jax.editing import classical as base
 from vdiff_jax.editing.degradations import block_mask, gaussian_blur
-from vdiff_jax.evaluation import baselines as base
 from vdiff_jax.evaluation.metrics import psnr
 
 RNG = np.random.default_rng(0)
@@ -88,6 +88,19 @@ def test_a_moved_kernel_is_a_moved_picture():
     np.testing.assert_array_equal(blurred[:, :, :, 1:], video[:, :, :, :-1])
     restored = base.wiener_deconvolve(blurred, shift, 1e-6)
     assert psnr(restored[..., 4:-4, 4:-4, :], video[..., 4:-4, 4:-4, :]) > 40
+
+
+def test_a_tint_keeps_all_luma_and_leaves_the_dark_grey():
+    luma = np.linspace(-1, 1, 21, dtype=np.float32).reshape(1, 1, 3, 7, 1)
+    for angle in np.linspace(0, 2 * np.pi, 9):
+        video = base.tint(luma, angle)
+        np.testing.assert_allclose(video @ np.array(base.LUMA), luma[..., 0], atol=1e-6)
+        assert np.abs(video).max() <= 1 + 1e-6
+        np.testing.assert_allclose(video[0, 0, 0, 1], video[0, 0, 0, 1].mean(), atol=0.02)  # luma .05 of 1
+        y, i = np.unravel_index(12, (3, 7))  # luma .6
+        red, green, blue = video[0, 0, y, i]
+        found = np.arctan2(np.sqrt(0.75) * (green - blue), red - (green + blue) / 2)
+        assert np.cos(found - angle) > 0.999
 
 
 def test_unsharp_masking_steepens_an_edge_and_keeps_flat_parts():
