@@ -46,7 +46,7 @@ from vdiff_jax.streams import make_stream
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a recipe may build on another one
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/shapes_lora.py", "Recipe of the update.")
 _BASE = flags.DEFINE_string("base", "shapes", "The model before.")
-_LORA = flags.DEFINE_string("lora", "runs/shapes_lora", "File or run folder of the update.")
+_LORA = flags.DEFINE_string("lora", "runs/shapes_lora", "Run folder of the update.")
 _NUM_NEW = flags.DEFINE_integer("num_new", 120, "Clips of the new family.")
 _NUM_COLOURS = flags.DEFINE_integer("num_colours", 60, "Clips of the new shape in other colours.")
 _NUM_OLD = flags.DEFINE_integer("num_old", 250, "Clips of old prompts.")
@@ -73,7 +73,7 @@ def main(_: list[str]) -> int:
 
     lora = load_lora(_LORA.value)
     before = load(_BASE.value)
-    models = {"before": before, "after": before.with_lora(lora)}
+    models = {"before": before, "after": load(_LORA.value)}  # each as it is used, with its own guidance
     trained = parameter_count(lora.factors) + np.size(lora.word_rows if lora.word_rows is not None else ())
     whole = sum(parameter_count(before.params[name]) for name in ("unet", "text_encoder"))
     report: dict[str, Any] = {
@@ -100,7 +100,10 @@ def main(_: list[str]) -> int:
 
 
 def _world(data: DataConfig) -> ShapesWorld:
-    return make_stream(data, seed=0, tokenizer=None).host.world
+    """With every shape and colour once: training may show some more often by naming them again."""
+    world = make_stream(data, seed=0, tokenizer=None).host.world
+    shapes = tuple(shape for shape in SHAPES if shape in world.shapes)
+    return dataclasses.replace(world, shapes=shapes, colours=tuple(c for c in COLOURS if c in world.colours))
 
 
 def _pair(records: Records, index: int) -> tuple[str, str]:
