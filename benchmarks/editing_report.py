@@ -100,6 +100,9 @@ def _parts(ev: Any) -> dict[str, Callable[[], dict[str, Any]]]:
         ("context 1, no anchor", RollOut(context=1, anchor=False, statistics=0.0)),
     ):
         parts[f"long 160, {name}"] = lambda options=options: shapes_edits.long_clips(long, 160, options)
+        parts[f"long 40, told once, {name}"] = lambda options=options: shapes_edits.long_clips(
+            long, 40, options, told_once=True
+        )
     parts["long 1600"] = lambda: shapes_edits.long_clips(dataclasses.replace(long, num_clips=4), 1600)
     parts["memory"] = lambda: _peak_memory((16, 160, 1600))
     parts["session"] = lambda: _session_times(ev.model)

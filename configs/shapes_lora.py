@@ -36,7 +36,7 @@ def get_config() -> Recipe:
     config.diffusion.mixture.update(text_to_video=0.65, known_frames=0.20, hole=0.05, ramp=0.05, independent=0.05)
     config.optimizer.update(learning_rate=2e-3, warmup_steps=30, weight_decay=0.0)
     config.train.update(
-        num_steps=600, log_steps=20, checkpoint_steps=150, sample_steps=0, model_steps=150, ema_decay=0.99
+        num_steps=800, log_steps=20, checkpoint_steps=200, sample_steps=0, model_steps=200, ema_decay=0.99
     )
     config.sample.update(prompts=(), guidance_scale=2.0)
     return config

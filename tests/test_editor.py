@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 
+from vdiff_jax import tasks
 from vdiff_jax.data.sound import Sound
 from vdiff_jax.data.transforms import resize_frames
 from vdiff_jax.data.video_io import Clip
@@ -100,10 +101,34 @@ def test_an_inversion_is_made_once_and_leads_back(model):
     np.testing.assert_array_equal(fresh.edit("up", RED, method="ddpm", **QUICK).frames, second.frames)
     session.edit(BLUE, "down", method="ddpm", **QUICK)
     assert len(session._inverted) == 6  # another source is another inversion
+    # Under a mask another inversion is made: one, though what it loses is told and it is edited.
+    kept = set(session._inverted)
+    session.edit(BLUE, RED, mask=MASK, method="ddpm", **QUICK)
+    assert len(set(session._inverted) - kept) == 3
     # A tape leads back exactly: what is lost is the autoencoder's.
     lost = (session.reconstruction.astype(float) - session.frames) / 127.5
     psnr = 10 * np.log10(4 / np.mean(np.square(lost)))
     assert abs(first.metadata["edits"][-1]["reconstruction_psnr"] - psnr) < 0.05
+
+
+def test_a_structure_is_a_measurement_of_the_clip_as_it_is(editor, monkeypatch):
+    held = []
+    edit_by_prompt = tasks.edit_by_prompt
+
+    def seen(*args, wrappers, **options):
+        held.append(wrappers)
+        return edit_by_prompt(*args, wrappers=wrappers, **options)
+
+    monkeypatch.setattr(tasks, "edit_by_prompt", seen)
+    free = editor.edit(BLUE, RED, **QUICK)
+    assert held == [(), (), ()]
+    options = QUICK | {"steps": 1}
+    tied = editor.edit(BLUE, RED, structure="luminance", structure_std=0.05, **options)
+    assert tied.metadata["edits"][-1]["structure"] == "luminance" and (tied.frames != free.frames).any()
+    luma = (editor.frames / 127.5 - 1) @ np.array([0.2126, 0.7152, 0.0722])
+    for start, (structure,) in zip((0, 1, 2), held[3:]):  # windows of 3 of 5 frames
+        np.testing.assert_allclose(structure.observed[0, ..., 0], luma[start : start + 3], atol=1e-5)
+        assert structure.noise_std == np.float32(0.05)
 
 
 # Masks -----------------------------------------------------------------------------------------------------------
@@ -206,8 +231,30 @@ def test_a_clip_is_made_from_its_ends(model, editor):
     first = editor.from_ends(3, last=False, **QUICK)
     np.testing.assert_array_equal(first.frames[0], CLIP.frames[0])
     assert both.num_frames == first.num_frames == 3 and (first.frames[2] != CLIP.frames[-1]).mean() > 0.5
+    with pytest.raises(ValueError, match="2 given frames leave no new one in a window of 2"):
+        Editor(model, CLIP, window=2, overlap=0).from_ends(4, **QUICK)
     alone = Editor(model, Clip(CLIP.frames[:1], CLIP.fps)).from_ends(3, **QUICK)
     np.testing.assert_array_equal(alone.frames, first.frames)  # one frame: there is no last one
+
+
+def test_what_lies_between_ends_far_apart_is_made_coarse_to_fine(model, monkeypatch):
+    asked = []
+    complete = type(model).complete
+
+    def seen(self, known, *args, times, **options):
+        asked.append((np.asarray(known.mask[0, :, 0, 0, 0]), np.asarray(known.logsnr[0]), np.asarray(times)))
+        return complete(self, known, *args, times=times, **options)
+
+    monkeypatch.setattr(type(model), "complete", seen)
+    joined = Editor(model, CLIP, overlap=1).join(CLIP, 5, context=1, **QUICK)
+    assert joined.num_frames == 2 * COUNT + 5
+    np.testing.assert_array_equal(joined.frames[:COUNT], CLIP.frames)
+    # Of frames 0 to 6 with the ends given: the first of the new ones, then windows of 3 that share one frame.
+    assert [mask.tolist() for mask, _, _ in asked] == [[1, 0, 1], [1, 1, 0], [1, 0, 0], [1, 0, 1]]
+    assert [times.tolist() for _, _, times in asked] == [[0, 1, 6], [0, 1, 2], [0, 1, 2], [0, 1, 2]]
+    clean, context = asked[0][1][0], asked[1][1][1]
+    assert asked[1][1][0] == clean > context and asked[3][1].tolist()[::2] == [context, clean]
+    assert all((joined.frames[COUNT + i] != joined.frames[COUNT + i - 1]).any() for i in range(6))
 
 
 def test_the_future_goes_on_from_the_clip_with_the_prompt_of_its_frame(editor):
@@ -245,6 +292,7 @@ MISTAKES = [
     ("edit method 'flip' is unknown", lambda e: e.edit(BLUE, RED, method="flip")),
     ("strength=0", lambda e: e.edit(BLUE, RED, strength=0)),
     ("steps=0", lambda e: e.edit(BLUE, RED, steps=0)),
+    ("the latents have shape (1, 4,", lambda e: e.harmonise(e.latents[:, 1:])),
     ("structure='edges' is unknown", lambda e: e.edit(BLUE, RED, structure="edges")),
     ("outpaint by", lambda e: e.outpaint()),
     ("zoom=0", lambda e: e.move_camera(zoom=0)),

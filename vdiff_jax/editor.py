@@ -74,7 +74,9 @@ class Editor(TimeEdits, Restoration, AnomalyEdits):
         note: dict[str, Any] = {"task": "edit", "prompt": prompt, "source_prompt": source_prompt, "seed": seed}
         note |= dataclasses.asdict(chosen) | {"structure": structure}
         if chosen.method in ("inversion", "ddpm"):
-            note["reconstruction_psnr"] = round(self.reconstruction_psnr(source_prompt, seed=seed, **options), 2)
+            lost = self.reconstruction_psnr(source_prompt, mask=mask, seed=seed, **options)
+            note["reconstruction_psnr"] = round(lost, 2)
+        known = None if mask is None else self._known(self.latents, mask, margin=0)
 
         def make(number: int, window: Window, known: Known) -> Latents:
             source = self.latents[:, window.start : window.stop]
@@ -91,20 +93,23 @@ class Editor(TimeEdits, Restoration, AnomalyEdits):
                 wrappers=self._structure(window, structure, structure_std),
             )
 
-        known = None if mask is None else self._known(self.latents, mask, margin=0)
         frames = self.decode(self.walk(make, known))
         clip = self.finish(frames, note, keep_detail)
         if mask is None:
             return clip
         return dataclasses.replace(clip, frames=paste(self.clip.frames, clip.frames, mask, feather))
 
-    def reconstruction_psnr(self, source_prompt: str = "", *, seed: int = 0, **options: Any) -> float:
+    def reconstruction_psnr(
+        self, source_prompt: str = "", *, mask: np.ndarray | None = None, seed: int = 0, **options: Any
+    ) -> float:
         """dB between the clip and its inversion walked back with the same prompt: what "inversion" and "ddpm" lose
-        before they change anything. The autoencoder's own loss is part of it."""
+        before they change anything. The autoencoder's own loss is part of it. mask: as in `edit`."""
         chosen = dataclasses.replace(tasks.EditOptions(**options), guidance_scale=1.0)
         memory = self.__dict__.setdefault("_psnr", {})
-        if (source_prompt, seed, chosen) in memory:
-            return memory[source_prompt, seed, chosen]
+        name = (source_prompt, seed, chosen, None if mask is None else np.asarray(mask).tobytes())
+        if name in memory:
+            return memory[name]
+        known = None if mask is None else self._known(self.latents, mask, margin=0)
 
         def make(number: int, window: Window, known: Known) -> Latents:
             source = jnp.asarray(self.latents[:, window.start : window.stop])
@@ -113,10 +118,10 @@ class Editor(TimeEdits, Restoration, AnomalyEdits):
             prompts = [source_prompt]
             return tasks.edit_by_prompt(self.model, source, prompts, prompts, chosen, inverted=inverted, **arguments)
 
-        made = to_video(self.decode(self.walk(make)))
+        made = to_video(self.decode(self.walk(make, known)))
         mse = float(np.mean(np.square(made - to_video(self.frames))))
-        memory[source_prompt, seed, chosen] = 10 * float(np.log10(4 / max(mse, 1e-12)))
-        return memory[source_prompt, seed, chosen]
+        memory[name] = 10 * float(np.log10(4 / max(mse, 1e-12)))
+        return memory[name]
 
     def _inversion(
         self, number: int, window: Window, known: Known, prompt: str, options: tasks.EditOptions, seed: int
@@ -153,8 +158,15 @@ class Editor(TimeEdits, Restoration, AnomalyEdits):
         """Make latents `[1 f h w c]` that were changed by hand look natural (default: the clip's own).
 
         strength: level of the noise under which they are made anew; more forgets more.
+
+        Raises:
+            ValueError: latents of another shape than the clip's.
         """
         changed = jnp.asarray(self.latents if latents is None else latents)
+        if changed.shape != self.latents.shape:
+            raise ValueError(
+                f"the latents have shape {changed.shape}, the clip's {self.latents.shape}: they must agree"
+            )
 
         def make(number: int, window: Window, known: Known) -> Latents:
             part = changed[:, window.start : window.stop]

@@ -141,22 +141,31 @@ class Session:
 
     # Back to the clip --------------------------------------------------------------------------------------------
 
-    def finish(self, frames: np.ndarray, note: dict[str, Any], keep_detail: bool = False, **changes: Any) -> Clip:
+    def finish(
+        self,
+        frames: np.ndarray,
+        note: dict[str, Any],
+        keep_detail: bool = False,
+        source: np.ndarray | None = None,
+        **changes: Any,
+    ) -> Clip:
         """Frames u8 `[f h w 3]` at the model's size as a clip of the input's size, rate and sound.
 
         note: what was done, for the provenance. keep_detail: give back the input's fine detail, and what the
-        autoencoder lost, where nothing was changed; needs as many frames as the clip has.
+        autoencoder lost, where nothing was changed.
+        source: the clip's frame that each of `frames` is like, `[f]` ints; default: the one at its place.
         changes: fields of the clip to replace, as `fps` or `sound`.
         """
         full = resize_frames(frames, *self.clip.frames.shape[1:3])
         if keep_detail:
-            full = self._with_detail(full, frames)
+            full = self._with_detail(full, frames, np.arange(len(frames)) if source is None else source)
         return dataclasses.replace(self.clip, frames=full, metadata=self._note(note), **changes)
 
-    def _with_detail(self, full: np.ndarray, frames: np.ndarray) -> np.ndarray:
+    def _with_detail(self, full: np.ndarray, frames: np.ndarray, source: np.ndarray) -> np.ndarray:
         """Adds the input minus its reconstruction, faded out where the frames differ from the reconstruction."""
         detail = self.clip.frames.astype(np.float32) - resize_frames(self.reconstruction, *self.clip.frames.shape[1:3])
-        change = np.abs(frames.astype(np.float32) - self.reconstruction).max(axis=-1) / 255.0
+        detail = detail[source]
+        change = np.abs(frames.astype(np.float32) - self.reconstruction[source]).max(axis=-1) / 255.0
         change = ndimage.maximum_filter(change, size=(1, 3, 3))
         share = (255 * np.exp(-np.square(change / DETAIL_REACH))).astype(np.uint8)
         share = resize_frames(np.repeat(share[..., None], 3, axis=-1), *self.clip.frames.shape[1:3])[..., :1]

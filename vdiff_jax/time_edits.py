@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,8 +15,9 @@ from vdiff_jax.data.video_io import Clip
 from vdiff_jax.editing import motion
 from vdiff_jax.rollout import PromptTimes, RollOut, prompt_at, prompt_changes
 from vdiff_jax.sampling.job import known_frames
-from vdiff_jax.sampling.windows import window_slices
+from vdiff_jax.sampling.windows import CONTEXT_LOGSNR, window_slices
 from vdiff_jax.session import Session, unguided
+from vdiff_jax.types import Known
 
 
 class TimeEdits(Session):
@@ -43,7 +45,9 @@ class TimeEdits(Session):
             made[:, window.start * factor : (window.stop - 1) * factor + 1] = np.asarray(part)
         sound = self.clip.sound.change_speed(1 / factor) if self.clip.sound else None
         note = {"task": "interpolate", "factor": factor, "prompt": prompt or None, "seed": seed, **sampling}
-        clip = self.finish(self.decode(made), note, sound=sound)
+        # What stands still is as sharp in the new frames as in the given ones, or it would flicker between them.
+        nearest = np.rint(np.arange(count) / factor).astype(int)
+        clip = self.finish(self.decode(made), note, keep_detail=True, source=nearest, sound=sound)
         frames = clip.frames.copy()
         frames[::factor] = self.clip.frames
         return dataclasses.replace(clip, frames=frames)
@@ -76,10 +80,40 @@ class TimeEdits(Session):
 
     def _between(self, head, tail, num_frames: int, prompt: str, seed: int, sampling: dict[str, Any]) -> np.ndarray:
         line = motion.bridge(jnp.asarray(head), jnp.asarray(tail), num_frames, self.stride)
-        made = self.model.complete(
-            line.known, [prompt], keys=self.keys(seed), times=line.times, **unguided(prompt, sampling)
-        )
+        made = self._complete(line, prompt, seed, sampling)
         return self.decode(made[:, head.shape[1] : head.shape[1] + num_frames])
+
+    def _complete(self, line: motion.Timeline, prompt: str, seed: int, sampling: dict[str, Any]) -> np.ndarray:
+        """All frames of a time line, latents `[1 f h w c]`.
+
+        A line longer than the window is made in two passes: frames spread evenly over it first, so that its ends know
+        of each other, then those between, window by window.
+        """
+        known, count = line.known, line.times.shape[0]
+        passes = [np.arange(count)]
+        if count > self.window:
+            given = np.flatnonzero(np.asarray(known.mask[0, :, 0, 0, 0]) > 0.5)
+            if len(given) >= self.window:
+                raise ValueError(f"{len(given)} given frames leave no new one in a window of {self.window}: give fewer")
+            new = np.setdiff1d(np.arange(count), given)
+            spread = new[np.linspace(0, len(new) - 1, self.window - len(given)).round().astype(int)]
+            windows = window_slices(count, self.window, self.overlap)
+            passes = [np.union1d(given, spread), *(np.arange(window.start, window.stop) for window in windows)]
+        for number, frames in enumerate(passes):
+            part = jax.tree.map(lambda leaf: leaf[:, frames], known)  # noqa: B023
+            if part.mask.min() > 0.5:  # the last window may hold given frames alone
+                continue
+            times = line.times[frames] - line.times[frames[0]]
+            made = self.model.complete(
+                part, [prompt], keys=self.keys(seed, number), times=times, **unguided(prompt, sampling)
+            )
+            level = jnp.where(part.mask[:, :, 0, 0, 0] > 0.5, part.logsnr, CONTEXT_LOGSNR)
+            known = Known(
+                latents=known.latents.at[:, frames].set(made),
+                mask=known.mask.at[:, frames].set(1.0),
+                logsnr=known.logsnr.at[:, frames].set(level),
+            )
+        return np.asarray(known.latents)
 
     def from_ends(
         self, num_frames: int, prompt: str = "", *, last: bool | None = None, seed: int = 0, **sampling: Any
@@ -98,7 +132,7 @@ class TimeEdits(Session):
             latents[:, -1] = self.latents[:, -1]
         known = known_frames(jnp.asarray(latents), ends)
         times = self.stride * jnp.arange(num_frames, dtype=jnp.float32)
-        made = self.model.complete(known, [prompt], keys=self.keys(seed), times=times, **unguided(prompt, sampling))
+        made = self._complete(motion.Timeline(known, times), prompt, seed, sampling)
         note = {"task": "from_ends", "num_frames": num_frames, "prompt": prompt or None, "seed": seed, **sampling}
         clip = self.finish(self.decode(made), note, sound=None)
         frames = clip.frames.copy()

@@ -99,7 +99,10 @@ def camera_move(
         # A pixel p of the new frame shows the old frame at p * scale + offset.
         offset = centre * (1 - scale) + part * np.array([pan[1], pan[0]])
         move: dict[str, Any] = dict(matrix=[scale, scale, 1.0], offset=[*offset, 0.0], order=1, mode="nearest")
-        moved[index] = np.rint(ndimage.affine_transform(frames[index].astype(np.float64), **move))
+        # From further away a pixel shows several of the old ones: without their mean, fine detail would flicker.
+        blur = 0.5 * np.sqrt(max(scale**2 - 1.0, 0.0))
+        seen = ndimage.gaussian_filter(frames[index].astype(np.float64), (blur, blur, 0), mode="nearest")
+        moved[index] = np.rint(ndimage.affine_transform(seen, **move))
         rows, columns = (np.arange(size) * scale + start for size, start in zip((height, width), offset))
         beyond_rows = (rows < -1e-6) | (rows > height - 1 + 1e-6)
         beyond_columns = (columns < -1e-6) | (columns > width - 1 + 1e-6)

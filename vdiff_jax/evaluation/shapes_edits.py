@@ -12,6 +12,7 @@ Clip i depends on (seed, i) only. An unreadable clip is wrong in everything.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -248,9 +249,13 @@ def _frame_steps(frames: np.ndarray) -> np.ndarray:
     return np.sqrt(np.square(np.diff(unit, axis=0)).mean(axis=(1, 2, 3)))
 
 
-def long_clips(ev: Evaluation, num_frames: int, options: RollOut | None = None) -> dict[str, Any]:
+def long_clips(
+    ev: Evaluation, num_frames: int, options: RollOut | None = None, told_once: bool = False
+) -> dict[str, Any]:
     """Text to clips of `num_frames`, half of objects that stand still, half that go to and fro by prompts over time.
 
+    told_once: only the first window has a prompt, and all objects stand still: what they are, and that they do not
+    move, must be carried by the context and the anchor alone.
     "same": share of clips whose last window reads with the colour, shape and background of the prompt; "one_object":
     share with exactly one object in every frame; "luminance" and "saturation": mean absolute difference between the
     last window and the first, in 0..1; "steady": share of clips where both are within .03.
@@ -261,18 +266,22 @@ def long_clips(ev: Evaluation, num_frames: int, options: RollOut | None = None) 
     for index in ev.batches(ev.num_clips):
         goals = [attributes(records, number) for number in index]
 
-        def prompts_at(done: int, goals: Any = goals) -> list[str]:
+        def told(done: int, goals: Any = goals) -> list[str]:
             turn = (done // options.new_frames) % 2
-            return [_to_and_fro(goal, turn, still=k % 2 == 0) for k, goal in enumerate(goals)]
+            return [_to_and_fro(goal, turn, still=told_once or k % 2 == 0) for k, goal in enumerate(goals)]
+
+        def prompts_at(done: int, told: Callable[[int], list[str]] = told) -> list[str] | None:
+            return None if told_once else told(done)
 
         def keys_at(number: int, index: np.ndarray = index) -> Array:
             return jax.vmap(lambda key: jax.random.fold_in(key, number))(ev.keys("iid", index))
 
         sampling: dict[str, Any] = dict(ev.sampling)
         first = ev.model.generate_latents(
-            prompts_at(0), keys=keys_at(0), num_frames=options.window, size=ev.world.size, **sampling
+            told(0), keys=keys_at(0), num_frames=options.window, size=ev.world.size, **sampling
         )
         parts = [ev.model.decode(first)]
+        sampling |= {"guidance_scale": 1.0} if told_once else {}
         new = roll_out(
             ev.model, first, num_frames - options.window, prompts_at, options,
             keys_at=lambda number: keys_at(number + 1), **sampling,
