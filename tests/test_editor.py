@@ -126,7 +126,7 @@ def test_a_structure_is_a_measurement_of_the_clip_as_it_is(editor, monkeypatch):
     tied = editor.edit(BLUE, RED, structure="luminance", structure_std=0.05, **options)
     assert tied.metadata["edits"][-1]["structure"] == "luminance" and (tied.frames != free.frames).any()
     luma = (editor.frames / 127.5 - 1) @ np.array([0.2126, 0.7152, 0.0722])
-    for start, (structure,) in zip((0, 1, 2), held[3:]):  # windows of 3 of 5 frames
+    for start, (structure,) in zip((0, 1, 2), held[3:], strict=True):  # windows of 3 of 5 frames
         np.testing.assert_allclose(structure.observed[0, ..., 0], luma[start : start + 3], atol=1e-5)
         assert structure.noise_std == np.float32(0.05)
 
@@ -194,6 +194,14 @@ def test_a_camera_that_pans_makes_only_what_comes_into_view(editor):
 # Time ------------------------------------------------------------------------------------------------------------
 
 
+def test_what_stands_still_is_as_sharp_in_new_frames_as_in_given_ones(editor):
+    like = np.array([0, 1, 1, 4, 2])
+    made = editor.finish(editor.reconstruction[like], {"task": "test"}, keep_detail=True, source=like)
+    assert furthest(made.frames, CLIP.frames[like]) <= 2
+    bare = editor.finish(editor.reconstruction[like], {"task": "test"})
+    assert furthest(bare.frames, CLIP.frames[like]) > 50
+
+
 @pytest.mark.parametrize("num_frames", [2, 5])
 def test_slow_motion_keeps_the_given_frames_bit_for_bit(model, num_frames):
     clip = make_clip(num_frames)
@@ -231,7 +239,7 @@ def test_a_clip_is_made_from_its_ends(model, editor):
     first = editor.from_ends(3, last=False, **QUICK)
     np.testing.assert_array_equal(first.frames[0], CLIP.frames[0])
     assert both.num_frames == first.num_frames == 3 and (first.frames[2] != CLIP.frames[-1]).mean() > 0.5
-    with pytest.raises(ValueError, match="2 given frames leave no new one in a window of 2"):
+    with pytest.raises(ValueError, match="2 known frames leave no new one in a window of 2"):
         Editor(model, CLIP, window=2, overlap=0).from_ends(4, **QUICK)
     alone = Editor(model, Clip(CLIP.frames[:1], CLIP.fps)).from_ends(3, **QUICK)
     np.testing.assert_array_equal(alone.frames, first.frames)  # one frame: there is no last one
@@ -249,11 +257,11 @@ def test_what_lies_between_ends_far_apart_is_made_coarse_to_fine(model, monkeypa
     joined = Editor(model, CLIP, overlap=1).join(CLIP, 5, context=1, **QUICK)
     assert joined.num_frames == 2 * COUNT + 5
     np.testing.assert_array_equal(joined.frames[:COUNT], CLIP.frames)
-    # Of frames 0 to 6 with the ends given: the first of the new ones, then windows of 3 that share one frame.
-    assert [mask.tolist() for mask, _, _ in asked] == [[1, 0, 1], [1, 1, 0], [1, 0, 0], [1, 0, 1]]
-    assert [times.tolist() for _, _, times in asked] == [[0, 1, 6], [0, 1, 2], [0, 1, 2], [0, 1, 2]]
-    clean, context = asked[0][1][0], asked[1][1][1]
-    assert asked[1][1][0] == clean > context and asked[3][1].tolist()[::2] == [context, clean]
+    # Of frames 0 to 6 with the ends given: 3, then 1 or 2 in each half, then windows of 3 that share one frame.
+    assert [mask.tolist() for mask, _, _ in asked] == [[1, 0, 1], [1, 0, 1], [1, 0, 1], [1, 1, 0], [1, 0, 1]]
+    assert [times.tolist() for _, _, times in asked] == [[0, 3, 6], [0, 1, 3], [0, 1, 3], [0, 1, 2], [0, 1, 2]]
+    clean, context = asked[0][1][0], asked[1][1][2]
+    assert asked[0][1].tolist()[::2] == [clean, clean] and asked[1][1][0] == clean > context
     assert all((joined.frames[COUNT + i] != joined.frames[COUNT + i - 1]).any() for i in range(6))
 
 

@@ -69,8 +69,9 @@ def test_the_guess_that_explains_most_is_taken_for_each_clip(model):
     guesses = [jnp.asarray(model.encode(clip.astype(np.float32))) for clip in (right[::-1], right, 0 * right)]
     options = {"keys": jax.random.split(jax.random.key(0), 2), "steps": 2, "logsnr": model.schedule.logsnr_max - 0.1}
     observed, gray = jnp.asarray(right[:1], jnp.float32), degradations.grayscale()
-    latents, chosen = tasks.likeliest_guess(model, guesses, gray(observed), gray, 0.1, **options)
-    np.testing.assert_array_equal(chosen, [1, 0])  # both clips are told to show the first
+    latents, distances = tasks.likeliest_guess(model, guesses, gray(observed), gray, 0.1, **options)
+    assert distances.shape == (3, 2)
+    np.testing.assert_array_equal(np.argmin(distances, axis=0), [1, 0])  # both clips are told to show the first
     np.testing.assert_allclose(latents[0], guesses[1][0], atol=0.2)
 
 
@@ -85,26 +86,31 @@ def test_a_posterior_begins_in_a_classical_answer_in_every_window(model, task, m
 
     def choose(model, guesses, *args, **options):
         compared.append(np.stack(guesses))
-        latents, chosen = likeliest_guess(model, guesses, *args, **options)
-        return latents, chosen * 0 + len(guesses) // 2
+        latents, distances = likeliest_guess(model, guesses, *args, **options)
+        compared_windows = len(compared)
+        distances[:] = 1.0  # the first window tells nothing apart, the second that number 12 is right
+        if compared_windows > 1 and len(guesses) > 1:
+            distances[12] = 0.1
+        return latents, distances
 
     monkeypatch.setattr(tasks, "restore", begin)
     monkeypatch.setattr(tasks, "likeliest_guess", choose)
-    clip = make_clip(5, 16, 16)
+    clip = make_clip(7, 16, 16)
     session = Editor(model, clip, window=3, overlap=1)
-    clean = session.restore(task, steps=1, iterations=1)
-    assert clean.frames.shape == clip.frames.shape and len(started) == 2
+    options = {"n_candidates": 2} if task == "colorize" else {}
+    clean = session.restore(task, steps=1, iterations=1, **options)
+    assert clean.frames.shape == clip.frames.shape and len(started) == 3
     video = to_video(clip.frames)[None]
-    if task == "colorize":  # one hue for the whole clip
-        assert [len(guesses) for guesses in compared] == [degradations.HUES, 1]
+    if task == "colorize":  # one hue for the rest of the clip
+        assert [len(guesses) for guesses in compared] == [degradations.HUES, degradations.HUES, 1]
         gray = degradations.grayscale()
-        tinted = gray.first_guesses(gray(jnp.asarray(video)), 0.01, 5)[degradations.HUES // 2]
-        np.testing.assert_allclose(compared[1][0], model.encode(tinted[:, 2:]), atol=1e-4)
+        tinted = gray.first_guesses(gray(jnp.asarray(video)), 0.01, 7)[12]
+        np.testing.assert_allclose(compared[2][0][0], model.encode(tinted[:, 4:])[0], atol=1e-4)
     else:
         assert not compared
         degradation = degradations.mosaic(8) if task == "unblock" else degradations.gaussian_blur(1.5)
-        (guess,) = degradation.first_guesses(video, ROUNDING_STD, 5)
-        np.testing.assert_allclose(started[1], model.encode(guess[:, 2:]), atol=1e-4)
+        (guess,) = degradation.first_guesses(video, ROUNDING_STD, 7)
+        np.testing.assert_allclose(started[2], model.encode(guess[:, 4:]), atol=1e-4)
 
 
 def test_impulses_are_pixels_at_an_end_of_the_range_that_stand_alone():
@@ -125,6 +131,11 @@ MISTAKES = [
     ("it has one answer only", lambda e: e.restore("denoise", method="fast", n_candidates=2)),
     ("n_candidates=0", lambda e: e.restore("denoise", n_candidates=0)),
     ("needs mask=", lambda e: e.restore("fill")),
+    ("nothing of the clip is left", lambda e: e.restore("fill", mask=np.ones((5, 20, 24)), n_candidates=2)),
+    (
+        "'downsample x2 area' gave leads back to a video of (1, 3, 32, 32, 3)",
+        lambda e: e.restore(degradations.downsample(2), observed=np.zeros((5, 16, 16, 3))),
+    ),
     ("needs observed=", lambda e: e.restore(degradations.identity())),
     ("factor=3 does not divide", lambda e: e.restore("superres", factor=3)),
 ]

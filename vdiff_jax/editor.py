@@ -103,13 +103,14 @@ class Editor(TimeEdits, Restoration, AnomalyEdits):
         self, source_prompt: str = "", *, mask: np.ndarray | None = None, seed: int = 0, **options: Any
     ) -> float:
         """dB between the clip and its inversion walked back with the same prompt: what "inversion" and "ddpm" lose
-        before they change anything. The autoencoder's own loss is part of it. mask: as in `edit`."""
+        before they change anything. The autoencoder's own loss is part of it. mask: as in `edit`; only what it
+        covers counts."""
         chosen = dataclasses.replace(tasks.EditOptions(**options), guidance_scale=1.0)
         memory = self.__dict__.setdefault("_psnr", {})
-        name = (source_prompt, seed, chosen, None if mask is None else np.asarray(mask).tobytes())
+        known = None if mask is None else self._known(self.latents, mask, margin=0)
+        name = (source_prompt, seed, chosen, None if known is None else np.asarray(known.mask).tobytes())
         if name in memory:
             return memory[name]
-        known = None if mask is None else self._known(self.latents, mask, margin=0)
 
         def make(number: int, window: Window, known: Known) -> Latents:
             source = jnp.asarray(self.latents[:, window.start : window.stop])
@@ -119,7 +120,8 @@ class Editor(TimeEdits, Restoration, AnomalyEdits):
             return tasks.edit_by_prompt(self.model, source, prompts, prompts, chosen, inverted=inverted, **arguments)
 
         made = to_video(self.decode(self.walk(make, known)))
-        mse = float(np.mean(np.square(made - to_video(self.frames))))
+        error = np.square(made - to_video(self.frames)).mean(axis=-1)
+        mse = float(np.average(error, weights=None if mask is None else self.small_mask(mask)))
         memory[name] = 10 * float(np.log10(4 / max(mse, 1e-12)))
         return memory[name]
 

@@ -90,7 +90,8 @@ class Restoration(Session):
             intact, both without a measurement. Default: "fast" where there is one. "posterior" begins in a classical
             answer (`Degradation.first_guesses`), for a `Degradation` without one in the clip itself.
         n_candidates: draws, of which the one that explains the measurement best is taken.
-        mean_of: average of so many answers: nearer in squared error than any of them, and smoother.
+        mean_of: average of so many answers: nearer in squared error than any of them, and smoother. Of a grey clip all
+            have one hue, that of the first window that tells hues apart.
         steps, iterations: of sampling, and of the solver in each step.
 
         Raises:
@@ -111,14 +112,9 @@ class Restoration(Session):
         given = self._measure(task, observed, std, factor, blur, block, mask)
         prompts = [prompt] * n_candidates
 
-        guesses: list[np.ndarray] = []
-        if method == "posterior":
-            guesses = given.degradation.first_guesses(given.observed, given.noise_std, self.clip.num_frames)
-            guesses = guesses or [to_video(self.frames)[None]]
+        hues: list[int] = []  # of the first guesses those that are left, once one window has told them apart
 
         def answer(seed: int) -> np.ndarray:
-            left = list(range(len(guesses)))
-
             def make(number: int, window: Window, known: Known) -> Latents:
                 part = given.part(window)
                 keys = jax.random.split(self.keys(seed, number)[0], n_candidates)
@@ -128,16 +124,19 @@ class Restoration(Session):
                     noisy, latent_std = self._noisy_latents(part)
                     return tasks.denoise_from_level(self.model, noisy, latent_std, prompts, steps=steps, **arguments)
                 measured = (jnp.asarray(part.observed), part.degradation, part.noise_std)
-                videos = [guesses[index][:, window.start : window.stop] for index in left]
+                videos = self._first_guesses(part, window)
+                videos = [videos[index] for index in hues] if hues else videos
                 begin = [jnp.repeat(self.model.encode(video), n_candidates, axis=0) for video in videos]
-                first_guess, chosen, level = begin[0], np.zeros(n_candidates, int), tasks.GUESS_LOGSNR
-                if len(guesses) > 1:
-                    first_guess, chosen = tasks.likeliest_guess(self.model, begin, *measured, prompts, **arguments)
+                first_guess, level, distances = begin[0], tasks.GUESS_LOGSNR, None
+                if len(videos) > 1 or hues:
+                    choosing: dict[str, Any] = arguments | {"steps": min(12, self.model.steps(steps))}
+                    first_guess, distances = tasks.likeliest_guess(self.model, begin, *measured, prompts, **choosing)
                     level = tasks.CHOSEN_LOGSNR
                 arguments |= dict(steps=steps, iterations=iterations, first_guess=first_guess, guess_logsnr=level)
                 drawn = tasks.restore(self.model, *measured, first_guess.shape, prompts, **arguments)
                 best = 0 if n_candidates == 1 else self._best(drawn, part)
-                left[:] = [left[chosen[best]]]  # what the first window was taken for, the whole clip is
+                if distances is not None and not hues and _told_apart(distances[:, best]):
+                    hues.append(int(np.argmin(distances[:, best])))
                 return drawn[best][None]
 
             return self.decode(self.walk(make))
@@ -153,6 +152,19 @@ class Restoration(Session):
             height, width = (side * factor for side in self.clip.frames.shape[1:3])
             clip = dataclasses.replace(clip, frames=resize_frames(frames, height, width))
         return clip
+
+    def _first_guesses(self, part: Measurement, window: Window) -> list[np.ndarray]:
+        """Videos `[1 f h w 3]` of a window to start from, at the model's size."""
+        count = window.stop - window.start
+        guesses = part.degradation.first_guesses(part.observed, part.noise_std, count)
+        guesses = guesses or [to_video(self.frames[window.start : window.stop])[None]]
+        expected = (1, count, self.height, self.width, 3)
+        if wrong := [np.shape(guess) for guess in guesses if np.shape(guess) != expected]:
+            raise ValueError(
+                f"what {part.degradation.name!r} gave leads back to a video of {wrong[0]}, the model's is {expected}: "
+                "give observed= as it comes of the clip at the model's size"
+            )
+        return guesses
 
     def _fill(self, mask: np.ndarray | None, prompt: str, steps: int | None, seed: int) -> Clip:
         """What lies under the mask made anew around the tokens that it does not touch; the rest stays bit for bit."""
@@ -199,7 +211,9 @@ class Restoration(Session):
         if task == "salt_pepper":
             # At the clip's own size: resizing would spread them over their neighbours.
             lost = impulses(to_video(self.clip.frames)[None])[0].any(axis=-1).astype(np.float32)
-            return self._without(lost, std)
+            # Of a larger clip a pixel of the model is seen if most of its own are; the others are filled from those.
+            seen = resize_frames(np.repeat((255 * lost).astype(np.uint8)[..., None], 3, -1), self.height, self.width)
+            return self._without(lost, std, seen[..., 0] > 127)
         if task == "deblur":
             return Measurement(video, degradations.gaussian_blur(blur), std)
         if task == "superres":
@@ -223,14 +237,19 @@ class Restoration(Session):
         if task == "fill":
             if mask is None:
                 raise ValueError("restoring by 'fill' needs mask=: the pixels that are lost, [f h w]")
-            return self._without(mask, std)
+            return self._without(mask, std, self.small_mask(mask) > 0.5)
         raise ValueError(f"restoration {task!r} is unknown: choose one of {', '.join(RESTORE_TASKS)}")
 
-    def _without(self, lost: np.ndarray, std: float) -> Measurement:
-        """The clip where it is not under the mask `lost [f h w]`; what lies there has no part in the resizing."""
+    def _without(self, lost: np.ndarray, std: float, unseen: np.ndarray) -> Measurement:
+        """The clip where it is not under the mask `lost [f h w]`; what lies there has no part in the resizing.
+
+        unseen: the same at the model's size, bool.
+        """
+        if unseen.all():
+            size = f"{self.height}x{self.width}"
+            raise ValueError(f"nothing of the clip is left at the model's {size} pixels: give a smaller mask")
         video = to_video(resize_frames(self.hole_filled(lost), self.height, self.width))[None]
-        unseen = self.small_mask(lost)[None, ..., None] > 0.5
-        noise_std = np.where(unseen, np.inf, std).astype(np.float32) * np.ones_like(video)
+        noise_std = np.where(unseen[None, ..., None], np.inf, std).astype(np.float32) * np.ones_like(video)
         return Measurement(video, degradations.identity(), noise_std)
 
     def _noisy_latents(self, part: Measurement) -> tuple[Latents, Array]:
@@ -244,6 +263,11 @@ class Restoration(Session):
         video = to_video(self.model.decode(drawn))
         explained = part.degradation(jnp.asarray(video))
         return int(np.argmin(np.asarray(chi_square(jnp.asarray(part.observed), explained, part.noise_std))))
+
+
+def _told_apart(distances: np.ndarray) -> bool:
+    """Whether one of the first guesses explains what is seen clearly better than most; not so in a dark picture."""
+    return len(distances) > 1 and distances.min() < 0.8 * np.median(distances)
 
 
 def impulses(video: np.ndarray) -> np.ndarray:

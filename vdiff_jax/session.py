@@ -153,7 +153,8 @@ class Session:
 
         note: what was done, for the provenance. keep_detail: give back the input's fine detail, and what the
         autoencoder lost, where nothing was changed.
-        source: the clip's frame that each of `frames` is like, `[f]` ints; default: the one at its place.
+        source: the clip's frame that each of `frames` is like, `[f]` ints; default: the one at its place, and then
+        `frames` are as many as the clip's.
         changes: fields of the clip to replace, as `fps` or `sound`.
         """
         full = resize_frames(frames, *self.clip.frames.shape[1:3])
@@ -163,13 +164,15 @@ class Session:
 
     def _with_detail(self, full: np.ndarray, frames: np.ndarray, source: np.ndarray) -> np.ndarray:
         """Adds the input minus its reconstruction, faded out where the frames differ from the reconstruction."""
-        detail = self.clip.frames.astype(np.float32) - resize_frames(self.reconstruction, *self.clip.frames.shape[1:3])
-        detail = detail[source]
-        change = np.abs(frames.astype(np.float32) - self.reconstruction[source]).max(axis=-1) / 255.0
-        change = ndimage.maximum_filter(change, size=(1, 3, 3))
-        share = (255 * np.exp(-np.square(change / DETAIL_REACH))).astype(np.uint8)
-        share = resize_frames(np.repeat(share[..., None], 3, axis=-1), *self.clip.frames.shape[1:3])[..., :1]
-        return np.clip(np.rint(full + detail * (share.astype(np.float32) / 255.0)), 0, 255).astype(np.uint8)
+        out = np.empty_like(full)
+        for index, like in enumerate(source):  # one by one: in fp32 a long clip takes a lot of memory
+            made, before = frames[index].astype(np.float32), self.reconstruction[like]
+            change = ndimage.maximum_filter(np.abs(made - before).max(axis=-1) / 255.0, size=3)
+            share = (255 * np.exp(-np.square(change / DETAIL_REACH))).astype(np.uint8)
+            share = resize_frames(np.repeat(share[None, ..., None], 3, axis=-1), *full.shape[1:3])[0, ..., :1]
+            detail = self.clip.frames[like].astype(np.float32) - resize_frames(before[None], *full.shape[1:3])[0]
+            out[index] = np.clip(np.rint(full[index] + detail * (share.astype(np.float32) / 255.0)), 0, 255)
+        return out
 
     def _note(self, note: dict[str, Any]) -> dict[str, Any]:
         return {**self._listed(note), **self.model.provenance()}

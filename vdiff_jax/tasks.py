@@ -199,8 +199,8 @@ def restore(
     (`Settings.autoencoder_std`) is added to it, as no latents can explain the measurement better than that.
     iterations: of conjugate gradients in every step. prompts: one per clip or None. Guidance is off.
     first_guess: latents of a classical answer. Sampling then begins in it, under noise of the level `guess_logsnr`, and
-    goes on in even steps of log-SNR. From pure noise it needs a network whose derivative is a covariance at the
-    noisiest levels too, as that of an exact denoiser is and that of a small network is not.
+    goes on in even steps of log-SNR. Without one it begins in pure noise, and needs a network whose derivative is a
+    covariance at the noisiest levels too, as that of an exact denoiser is and that of a small network is not.
     """
     steps = model.steps(steps)
     noise_std = _with_autoencoder(model, noise_std)
@@ -224,7 +224,7 @@ def likeliest_guess(
     *,
     keys: Array,
     steps: int = 12,
-    logsnr: float = -1.0,
+    logsnr: float = GUESS_LOGSNR,
     known: Known | None = None,
     times: Array | None = None,
 ) -> tuple[Latents, np.ndarray]:
@@ -235,24 +235,20 @@ def likeliest_guess(
     that. Other arguments as for `restore`.
 
     Returns:
-        latents `[b f h w c]`, and which guess they were, `[b]`.
+        latents `[b f h w c]`, and the `chi_square` of every guess, `[k b]`.
     """
-    cond, best = model.condition(prompts, times, guesses[0].shape), None
+    cond = model.condition(prompts, times, guesses[0].shape)
+    best, distances = guesses[0], []
     noise_std = _with_autoencoder(model, noise_std)
     for number, guess in enumerate(guesses):
         job = _job_from_guess(model, guess, logsnr, steps, keys, cond)
         job = job if known is None else dataclasses.replace(job, known=known)
         natural = model.run(sample, job, model.sampler("dpmpp_2m"), keys)
         seen = degradation(jnp.asarray(model.decode(natural) / 127.5 - 1, jnp.float32))
-        chi = np.asarray(chi_square(observed, seen, noise_std))
-        if best is None:
-            best = natural, np.zeros(len(chi), int), chi
-            continue
-        closer = chi < best[2]
-        latents = jnp.where(closer[:, None, None, None, None], natural, best[0])
-        best = latents, np.where(closer, number, best[1]), np.minimum(chi, best[2])
-    assert best is not None
-    return best[0], best[1]
+        distances.append(np.asarray(chi_square(observed, seen, noise_std)))
+        closest = np.argmin(distances, axis=0) == number
+        best = jnp.where(closest[:, None, None, None, None], natural, best)
+    return best, np.stack(distances)
 
 
 def _with_autoencoder(model: VideoDiffusion, noise_std: Any) -> Any:

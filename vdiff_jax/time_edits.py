@@ -46,7 +46,7 @@ class TimeEdits(Session):
         sound = self.clip.sound.change_speed(1 / factor) if self.clip.sound else None
         note = {"task": "interpolate", "factor": factor, "prompt": prompt or None, "seed": seed, **sampling}
         # What stands still is as sharp in the new frames as in the given ones, or it would flicker between them.
-        nearest = np.rint(np.arange(count) / factor).astype(int)
+        nearest = (np.arange(count) + factor // 2) // factor
         clip = self.finish(self.decode(made), note, keep_detail=True, source=nearest, sound=sound)
         frames = clip.frames.copy()
         frames[::factor] = self.clip.frames
@@ -86,19 +86,13 @@ class TimeEdits(Session):
     def _complete(self, line: motion.Timeline, prompt: str, seed: int, sampling: dict[str, Any]) -> np.ndarray:
         """All frames of a time line, latents `[1 f h w c]`.
 
-        A line longer than the window is made in two passes: frames spread evenly over it first, so that its ends know
-        of each other, then those between, window by window.
+        A line longer than the window is made coarse to fine: frames spread over every long gap first, so that its ends
+        know of each other, then those between, window by window.
         """
         known, count = line.known, line.times.shape[0]
-        passes = [np.arange(count)]
-        if count > self.window:
-            given = np.flatnonzero(np.asarray(known.mask[0, :, 0, 0, 0]) > 0.5)
-            if len(given) >= self.window:
-                raise ValueError(f"{len(given)} given frames leave no new one in a window of {self.window}: give fewer")
-            new = np.setdiff1d(np.arange(count), given)
-            spread = new[np.linspace(0, len(new) - 1, self.window - len(given)).round().astype(int)]
-            windows = window_slices(count, self.window, self.overlap)
-            passes = [np.union1d(given, spread), *(np.arange(window.start, window.stop) for window in windows)]
+        given = np.asarray(known.mask[0, :, 0, 0, 0]) > 0.5
+        windows = window_slices(count, self.window, self.overlap)
+        passes = [*motion.waypoints(given, self.window, self.overlap), *(np.arange(w.start, w.stop) for w in windows)]
         for number, frames in enumerate(passes):
             part = jax.tree.map(lambda leaf: leaf[:, frames], known)  # noqa: B023
             if part.mask.min() > 0.5:  # the last window may hold given frames alone

@@ -134,7 +134,7 @@ def gray_copy(luma: np.ndarray) -> np.ndarray:
 
 
 def tint(luma: np.ndarray, angle: float) -> np.ndarray:
-    """Luma [b f h w 1] coloured by one hue, all luma kept.
+    """Luma [b f h w 1] in -1..1 coloured by one hue, all luma kept.
 
     angle: of the hue in radians; 0 is red, a third of the circle green. Bright parts are coloured nearly as strongly as
     the range of values allows, dark ones hardly, as dark parts of pictures mostly are.

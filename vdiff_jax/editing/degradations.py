@@ -20,6 +20,7 @@ from scipy import ndimage
 
 from vdiff_jax.editing import classical
 from vdiff_jax.editing.classical import LUMA
+from vdiff_jax.editing.inpaint import fill_hole
 from vdiff_jax.types import Array, Video, static, struct
 
 DOWNSAMPLE_KINDS = ("area", "bicubic")
@@ -33,7 +34,7 @@ def _unchanged(video: Video) -> Array:
 class Degradation:
     """A differentiable map `degradation(video f32 [b f h w 3]) -> y`, as data: `apply(video, *settings, *parameters)`.
 
-    parameters: arrays or pytrees of them, traced. apply: a function of a module, not one made for the call, or every
+    parameters: arrays or pytrees of them, traced. apply, guess: functions of a module, not made for the call, or every
     new one compiles again. settings: hashable numbers that decide shapes. name: for messages and provenance.
     guess: classical answers, `guess(y, noise_std, num_frames, *settings, *parameters) -> videos` in numpy.
     """
@@ -50,12 +51,15 @@ class Degradation:
     def first_guesses(self, observed: Any, noise_std: Any, num_frames: int) -> list[np.ndarray]:
         """Videos f32 `[b num_frames h w 3]` to start from, each the answer of a classical method.
 
-        Several where the measurement leaves open what no method can tell, as hue does with `grayscale`; none for a
-        function of the user's own. noise_std: of the measurement in -1..1, scalar or of its shape, inf = not observed.
+        Several where the measurement leaves open what no method can tell, as `grayscale` does hue; none where `guess`
+        is None. noise_std: of the measurement in -1..1, scalar or of its shape, inf = not observed.
         """
         if self.guess is None:
             return []
-        return self.guess(np.asarray(observed, np.float32), noise_std, num_frames, *self.settings, *self.parameters)
+        y, noise_std = np.asarray(observed, np.float32), np.asarray(noise_std, np.float32)
+        if np.isinf(noise_std).any():
+            y = fill_hole(y, np.max(np.isinf(np.broadcast_to(noise_std, y.shape)), axis=-1))
+        return self.guess(y, noise_std, num_frames, *self.settings, *self.parameters)
 
 
 def identity() -> Degradation:
@@ -64,11 +68,7 @@ def identity() -> Degradation:
 
 
 def _cleaned(y: np.ndarray, noise_std: Any, num_frames: int) -> list[np.ndarray]:
-    """Missing entries filled, strong noise smoothed."""
-    noise_std = np.asarray(noise_std, np.float32)
-    if np.isinf(noise_std).any():
-        observed = np.isfinite(np.broadcast_to(noise_std, y.shape))
-        y = classical.fill_missing(y, np.min(observed, axis=-1, keepdims=True))
+    """Strong noise smoothed."""
     return [classical.median_denoise(y) if _smallest(noise_std) > 0.05 else y]
 
 
@@ -102,7 +102,8 @@ def _compose(video: Video, first: Degradation, then: Degradation) -> Any:
 
 def _guess_back(y: Any, noise_std: Any, num_frames: int, first: Degradation, then: Degradation) -> list[np.ndarray]:
     """One after another; what `first` left has the noise of y, spread over all of it."""
-    seen, rest = then.first_guesses(y, noise_std, num_frames), _smallest(noise_std)
+    left = len(_kept_indices(first.settings[0], num_frames)) if first.apply is _keep_frames else num_frames
+    seen, rest = then.first_guesses(y, noise_std, left), _smallest(noise_std)
     return [guess for video in seen for guess in first.first_guesses(video, rest, num_frames)]
 
 
@@ -233,7 +234,7 @@ def mask_pixels(mask: Any) -> Degradation:
 
 
 def _filled(y: np.ndarray, noise_std: Any, num_frames: int, mask: Array) -> list[np.ndarray]:
-    return [classical.fill_missing(y, np.asarray(mask) > 0.5)]
+    return [fill_hole(y, 1.0 - np.broadcast_to(np.asarray(mask), (*y.shape[:4], 1))[..., 0])]
 
 
 def _seen_through(video: Video, mask: Array) -> Array:
@@ -340,7 +341,7 @@ def quantize(levels: int) -> Degradation:
     return Degradation((jnp.float32(levels - 1),), _quantize, (), f"quantize {levels}", _as_seen)
 
 
-def _as_seen(y: np.ndarray, noise_std: Any, num_frames: int, steps: Array) -> list[np.ndarray]:
+def _as_seen(y: np.ndarray, noise_std: Any, num_frames: int, intervals: Array) -> list[np.ndarray]:
     return [y]
 
 

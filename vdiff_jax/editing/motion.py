@@ -59,6 +59,41 @@ def bridge(head: Latents, tail: Latents, num_frames: int, spacing: float = 1.0) 
     return Timeline(known_frames(frames, given), spacing * jnp.arange(frames.shape[1], dtype=jnp.float32))
 
 
+def waypoints(given: np.ndarray, window: int, overlap: int) -> list[np.ndarray]:
+    """Passes that shorten the gaps between `given` frames (bool `[f]`) until a window reaches over each.
+
+    Every pass is the sorted frames of one call: up to `overlap` known ones on either side of a gap, and new ones spread
+    evenly over it. Afterwards no gap is longer than what a window adds before the next known frame.
+
+    Raises:
+        ValueError: the known frames fill the window.
+    """
+    done, passes = np.array(given, bool), []
+    if len(done) <= window:
+        return passes
+    while gaps := [gap for gap in _runs(~done) if len(gap) > max(window - overlap - 1, 1)]:
+        for gap in gaps:
+            known = np.flatnonzero(done)
+            sides = max(overlap, 1)
+            around = np.concatenate([known[known < gap[0]][-sides:], known[known > gap[-1]][:sides]])
+            count = min(window - len(around), len(gap))
+            if count < 1:
+                raise ValueError(
+                    f"{len(around)} known frames leave no new one in a window of {window}: give a larger window or a "
+                    "smaller overlap"
+                )
+            places = np.arange(1, count + 1) * (len(gap) + 1) / (count + 1) - 1
+            passes.append(np.union1d(around, gap[np.rint(places).astype(int)]))
+            done[passes[-1]] = True
+    return passes
+
+
+def _runs(where: np.ndarray) -> list[np.ndarray]:
+    """Indices of every run of True."""
+    index = np.flatnonzero(where)
+    return np.split(index, np.flatnonzero(np.diff(index) > 1) + 1) if len(index) else []
+
+
 def continuation(
     context: Latents,
     num_frames: int,
