@@ -35,9 +35,9 @@ _RESTORE_STEPS = flags.DEFINE_integer("restore_steps", 20, "Denoising steps of r
 _LONG_CLIPS = flags.DEFINE_integer("long_clips", 20, "Clips of 160 frames.", lower_bound=1)
 
 STRENGTHS = {
-    "flow": (0.4, 0.55, 0.7, 0.85),
-    "sdedit": (0.4, 0.55, 0.7, 0.85),
-    "ddpm": (0.4, 0.55, 0.7, 0.85),
+    "flow": (0.2, 0.3, 0.4, 0.55, 0.7, 0.85),
+    "sdedit": (0.2, 0.3, 0.4, 0.55, 0.7, 0.85),
+    "ddpm": (0.2, 0.3, 0.4, 0.55, 0.7, 0.85),
     "inversion": (0.55, 0.7, 0.85, 1.0),
 }
 

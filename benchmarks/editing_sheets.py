@@ -56,6 +56,7 @@ def sheets(model: Any) -> dict[str, Callable[[], tuple[Clip, Clip]]]:
 
     from vdiff_jax.data.effects import apply_effects
     from vdiff_jax.data.video_io import Clip
+    from vdiff_jax.editing.classical import LUMA
     from vdiff_jax.editing.degradations import block_mask
 
     circle, red, cover = scene("circle")
@@ -77,6 +78,7 @@ def sheets(model: Any) -> dict[str, Callable[[], tuple[Clip, Clip]]]:
     broken = with_frames(circle, circle.frames * (1 - lost[..., None]))
     small = with_frames(circle, circle.frames.reshape(16, 8, 4, 8, 4, 3).mean((2, 4)))
     soft = with_frames(circle, ndimage.gaussian_filter(circle.frames.astype(np.float32), (0, 1.5, 1.5, 0)))
+    gray = with_frames(circle, np.repeat((circle.frames @ np.asarray(LUMA))[..., None], 3, axis=-1))
     every_fourth = Clip(circle.frames[:13:4], 2.0)
     empty = with_frames(circle, np.full(circle.frames.shape, 76.5))
     graded = apply_effects(circle, "hue=120;saturation=1.3;lens_blur=1.2")
@@ -94,6 +96,7 @@ def sheets(model: Any) -> dict[str, Callable[[], tuple[Clip, Clip]]]:
         "superres": lambda: (small, model.restore(small, "superres", factor=4)),
         "fill": lambda: (broken, model.restore(broken, "fill", mask=lost)),
         "deblur": lambda: (soft, model.restore(soft, "deblur", blur=1.5)),
+        "colorize": lambda: (gray, model.restore(gray, "colorize")),
         "interpolate": lambda: (every_fourth, model.editor(every_fourth, stride=4.0).interpolate(4, red)),
         "join": lambda: (Clip(circle.frames[:5], 8.0), model.join(Clip(circle.frames[:5], 8.0),
                                                                   Clip(circle.frames[11:], 8.0), 6, red)),

@@ -3,7 +3,7 @@
     python train.py --config=configs/shapes_lora.py --workdir=runs/shapes_lora
     python benchmarks/lora_report.py --lora=runs/shapes_lora --out=runs/shapes_lora/report.json
 
-13 minutes on 2 shared CPU cores. What it reaches, and how the settings were chosen, is in docs/lora.md, which also says
+About 10 minutes on 2 CPU cores. What it reaches, and how the settings were chosen, is in docs/lora.md, which also says
 how to learn from a folder of clips instead.
 """
 
