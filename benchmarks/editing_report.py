@@ -103,7 +103,8 @@ def _parts(ev: Any) -> dict[str, Callable[[], dict[str, Any]]]:
         parts[f"long 40, told once, {name}"] = lambda options=options: shapes_edits.long_clips(
             long, 40, options, told_once=True
         )
-    parts["long 1600"] = lambda: shapes_edits.long_clips(dataclasses.replace(long, num_clips=4), 1600)
+    longest = dataclasses.replace(long, num_clips=4, batch_size=4)
+    parts["long 1600"] = lambda: shapes_edits.long_clips(longest, 1600)
     parts["memory"] = lambda: _peak_memory((16, 160, 1600))
     parts["session"] = lambda: _session_times(ev.model)
     for task in shapes_restoration.TASKS:
