@@ -110,34 +110,17 @@ class Restoration(Session):
         if method == "fast" and task == "fill":
             return self._fill(mask, prompt, steps, seed)
         given = self._measure(task, observed, std, factor, blur, block, mask)
-        prompts = [prompt] * n_candidates
-
-        hues: list[int] = []  # of the first guesses those that are left, once one window has told them apart
+        hues: list[int] = []
 
         def answer(seed: int) -> np.ndarray:
             def make(number: int, window: Window, known: Known) -> Latents:
-                part = given.part(window)
-                keys = jax.random.split(self.keys(seed, number)[0], n_candidates)
-                known = jax.tree.map(lambda leaf: jnp.repeat(leaf, n_candidates, axis=0), known)
-                arguments: dict[str, Any] = dict(keys=keys, known=known, times=self.times(window))
+                part, keys = given.part(window), self.keys(seed, number)
+                arguments: dict[str, Any] = dict(steps=steps, times=self.times(window))
                 if method == "fast":
-                    noisy, latent_std = self._noisy_latents(part)
-                    return tasks.denoise_from_level(self.model, noisy, latent_std, prompts, steps=steps, **arguments)
-                measured = (jnp.asarray(part.observed), part.degradation, part.noise_std)
-                videos = self._first_guesses(part, window)
-                videos = [videos[index] for index in hues] if hues else videos
-                begin = [jnp.repeat(self.model.encode(video), n_candidates, axis=0) for video in videos]
-                first_guess, level, distances = begin[0], tasks.GUESS_LOGSNR, None
-                if len(videos) > 1 or hues:
-                    choosing: dict[str, Any] = arguments | {"steps": min(12, self.model.steps(steps))}
-                    first_guess, distances = tasks.likeliest_guess(self.model, begin, *measured, prompts, **choosing)
-                    level = tasks.CHOSEN_LOGSNR
-                arguments |= dict(steps=steps, iterations=iterations, first_guess=first_guess, guess_logsnr=level)
-                drawn = tasks.restore(self.model, *measured, first_guess.shape, prompts, **arguments)
-                best = 0 if n_candidates == 1 else self._best(drawn, part)
-                if distances is not None and not hues and _told_apart(distances[:, best]):
-                    hues.append(int(np.argmin(distances[:, best])))
-                return drawn[best][None]
+                    arguments |= dict(keys=keys, known=known)
+                    return tasks.denoise(self.model, part.observed, part.noise_std, [prompt], **arguments)
+                keys = jax.random.split(keys[0], n_candidates)
+                return self._draw(part, window, known, hues, prompt, keys=keys, iterations=iterations, **arguments)
 
             return self.decode(self.walk(make))
 
@@ -152,6 +135,36 @@ class Restoration(Session):
             height, width = (side * factor for side in self.clip.frames.shape[1:3])
             clip = dataclasses.replace(clip, frames=resize_frames(frames, height, width))
         return clip
+
+    def _draw(
+        self,
+        part: Measurement,
+        window: Window,
+        known: Known,
+        hues: list[int],
+        prompt: str,
+        *,
+        keys: Array,
+        **options: Any,
+    ) -> Latents:
+        """A window `[1 f h w c]` from the posterior: of one draw per key the one that explains best what was observed.
+
+        hues: of several first guesses the one that the whole clip takes, written by the first window that tells them
+            apart; empty before that.
+        """
+        count = len(keys)
+        videos = self._first_guesses(part, window)
+        guesses = [videos[index] for index in hues] if hues else videos
+        latents = [jnp.repeat(self.model.encode(video), count, axis=0) for video in guesses]
+        drawn, distances = tasks.restore_from(
+            self.model, latents, jnp.asarray(part.observed), part.degradation, part.noise_std, [prompt] * count,
+            keys=keys, known=jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), known),
+            choose=len(videos) > 1, **options,
+        )  # fmt: skip
+        best = 0 if count == 1 else self._best(drawn, part)
+        if distances is not None and not hues and _told_apart(distances[:, best]):
+            hues.append(int(np.argmin(distances[:, best])))
+        return drawn[best][None]
 
     def _first_guesses(self, part: Measurement, window: Window) -> list[np.ndarray]:
         """Videos `[1 f h w 3]` of a window to start from, at the model's size."""
@@ -251,13 +264,6 @@ class Restoration(Session):
         video = to_video(resize_frames(self.hole_filled(lost), self.height, self.width))[None]
         noise_std = np.where(unseen[None, ..., None], np.inf, std).astype(np.float32) * np.ones_like(video)
         return Measurement(video, degradations.identity(), noise_std)
-
-    def _noisy_latents(self, part: Measurement) -> tuple[Latents, Array]:
-        """Latents of a noisy clip and the deviation of the noise in them, found by adding as much again."""
-        video = np.asarray(part.observed)
-        latents = self.model.encode(video)
-        noise = np.random.default_rng(0).standard_normal(video.shape).astype(np.float32) * float(part.noise_std)
-        return latents, jnp.sqrt(jnp.mean(jnp.square(self.model.encode(video + noise) - latents)))
 
     def _best(self, drawn: Latents, part: Measurement) -> int:
         video = to_video(self.model.decode(drawn))

@@ -69,6 +69,8 @@ GUESS_LOGSNR = -1.0
 """Where sampling begins in a first guess: noise of 1.6 times the latents' deviation, more than a guess is wrong."""
 CHOSEN_LOGSNR = 0.5
 """The same for a guess that the model has made natural itself."""
+CHOOSING_STEPS = 12
+"""Denoising steps that make a guess natural."""
 
 
 class Inverted(NamedTuple):
@@ -214,6 +216,39 @@ def restore(
     return model.run(sample, job, model.sampler("dpmpp_2m"), keys, wrappers=(posterior,))
 
 
+def restore_from(
+    model: VideoDiffusion,
+    guesses: Sequence[Latents],
+    observed: Any,
+    degradation: Degradation,
+    noise_std: Any,
+    prompts: Sequence[str] | None = None,
+    *,
+    keys: Array,
+    choose: bool | None = None,
+    steps: int | None = None,
+    iterations: int = 8,
+    known: Known | None = None,
+    times: Array | None = None,
+) -> tuple[Latents, np.ndarray | None]:
+    """`restore` from the likeliest of several first guesses, each latents `[b f h w c]`; other arguments as there.
+
+    choose: whether the guess is made natural and judged first (`likeliest_guess`); default: if there are several.
+
+    Returns:
+        latents `[b f h w c]`, and the `chi_square` of every guess, `[k b]`, or None if none was judged.
+    """
+    measured = (observed, degradation, noise_std)
+    arguments: dict[str, Any] = dict(keys=keys, known=known, times=times)
+    first_guess, level, distances = guesses[0], GUESS_LOGSNR, None
+    if len(guesses) > 1 if choose is None else choose:
+        few = min(CHOOSING_STEPS, model.steps(steps))
+        first_guess, distances = likeliest_guess(model, guesses, *measured, prompts, steps=few, **arguments)
+        level = CHOSEN_LOGSNR
+    arguments |= dict(steps=steps, iterations=iterations, first_guess=first_guess, guess_logsnr=level)
+    return restore(model, *measured, first_guess.shape, prompts, **arguments), distances
+
+
 def likeliest_guess(
     model: VideoDiffusion,
     guesses: Sequence[Latents],
@@ -223,7 +258,7 @@ def likeliest_guess(
     prompts: Sequence[str] | None = None,
     *,
     keys: Array,
-    steps: int = 12,
+    steps: int = CHOOSING_STEPS,
     logsnr: float = GUESS_LOGSNR,
     known: Known | None = None,
     times: Array | None = None,
@@ -263,6 +298,20 @@ def _job_from_guess(
     alpha, sigma = scales(plan[0], guess)
     noise = draw_noise(stream(keys, START_STREAM), guess.shape[1:], model.settings.noise)
     return Job(z=alpha * guess + sigma * noise, plan=plan, known=nothing_known(guess.shape), cond=cond)
+
+
+def denoise(
+    model: VideoDiffusion, video: np.ndarray, noise_std: float, prompts: Sequence[str] | None = None, **options: Any
+) -> Latents:
+    """Final latents of `video [b f h w 3]` in -1..1 without its white noise, of deviation `noise_std` in its units.
+
+    What becomes of that noise in the latents is found by adding as much again. options: as for `denoise_from_level`.
+    """
+    video = np.asarray(video, np.float32)
+    latents = model.encode(video)
+    again = noise_std * np.random.default_rng(0).standard_normal(video.shape).astype(np.float32)
+    latent_std = jnp.sqrt(jnp.mean(jnp.square(model.encode(video + again) - latents)))
+    return denoise_from_level(model, latents, latent_std, prompts, **options)
 
 
 def denoise_from_level(

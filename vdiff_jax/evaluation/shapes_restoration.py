@@ -117,21 +117,14 @@ def _restore(
         draws = [np.where(lost[..., None] > 0.5, clip, observed) for clip in made]
         return draws, _baselines(task, observed, degradation)
     measured = (jnp.asarray(observed), degradation, noise_std)
-    guesses = [ev.model.encode(guess) for guess in degradation.first_guesses(observed, std, ev.num_frames)]
     draws = []
+    guesses = [ev.model.encode(guess) for guess in degradation.first_guesses(observed, std, ev.num_frames)]
     for draw in range(DRAWS):
-        first_guess, level = guesses[0], tasks.GUESS_LOGSNR
-        if len(guesses) > 1:
-            first_guess, _ = tasks.likeliest_guess(ev.model, guesses, *measured, keys=keys(draw))
-            level = tasks.CHOSEN_LOGSNR
-        arguments: dict[str, Any] = dict(first_guess=first_guess, guess_logsnr=level, steps=steps)
-        draws.append(decode(tasks.restore(ev.model, *measured, latents.shape, keys=keys(draw), **arguments)))
+        latents, _ = tasks.restore_from(ev.model, guesses, *measured, keys=keys(draw), steps=steps)
+        draws.append(decode(latents))
     answers = _baselines(task, observed, degradation)
     if task == "noise":  # white noise is a level of the process; from there on there is one answer
-        again = np.random.default_rng([ev.seed, 13]).standard_normal(observed.shape).astype(np.float32)
-        noisy = ev.model.encode(observed)
-        latent_std = jnp.sqrt(jnp.mean(jnp.square(ev.model.encode(observed + std * again) - noisy)))
-        answers["fast"] = decode(tasks.denoise_from_level(ev.model, noisy, latent_std, keys=keys(0), steps=steps))
+        answers["fast"] = decode(tasks.denoise(ev.model, observed, std, keys=keys(0), steps=steps))
     return draws, answers
 
 
