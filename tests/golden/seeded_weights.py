@@ -35,3 +35,9 @@ def seeded_tensor(key: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray
 def seeded_weights(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, np.ndarray]:
     """A whole checkpoint: every tensor of `shapes` by its name."""
     return {key: seeded_tensor(key, tuple(shape), seed) for key, shape in shapes.items()}
+
+
+def seeded_input(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """f32 in [-1, 1): a video, latents or the input of a block."""
+    bits = np.random.PCG64([zlib.crc32(name.encode()), seed]).random_raw(math.prod(shape))
+    return ((bits >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-23) - np.float32(1.0)).reshape(shape)
