@@ -15,6 +15,7 @@ import jax
 
 from vdiff_jax.models.autoencoder import AutoencoderConfig, VideoAutoencoder
 from vdiff_jax.models.functional import functional
+from vdiff_jax.models.image_encoder import ImageEncoder, ImageEncoderConfig
 from vdiff_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from vdiff_jax.models.unet import UNetConfig, VideoUNet
 from vdiff_jax.types import Array, Params
@@ -22,6 +23,7 @@ from vdiff_jax.types import Array, Params
 KINDS: dict[str, tuple[type, type]] = {
     "autoencoder": (AutoencoderConfig, VideoAutoencoder),
     "text_encoder": (TextEncoderConfig, TextEncoder),
+    "image_encoder": (ImageEncoderConfig, ImageEncoder),
     "unet": (UNetConfig, VideoUNet),
 }
 DTYPES = ("float32", "bfloat16", "float16")

@@ -19,6 +19,7 @@ from vdiff_jax.training.loop import LoopConfig
 from vdiff_jax.training.optimizer import OptimizerConfig
 
 STAGES = ("autoencoder", "diffusion")
+NETWORKS = ("autoencoder", "text_encoder", "unet")  # those that a recipe can shape and train
 SOURCES = ("shapes", "folder", "tfds", "synthetic")
 
 
@@ -150,7 +151,7 @@ def default_recipe(stage: str = "diffusion") -> Recipe:
     recipe: Recipe = ConfigDict()
     recipe.stage = stage
     recipe.seed = 0
-    recipe.model = ConfigDict({name: dataclasses.asdict(config()) for name, (config, _) in KINDS.items()})
+    recipe.model = ConfigDict({name: dataclasses.asdict(KINDS[name][0]()) for name in NETWORKS})
     recipe.model.autoencoder_from = ""
     recipe.model.init_from = ""
     recipe.model.text = "joint"

@@ -36,14 +36,14 @@ def test_a_folder_that_does_not_fit_is_refused_by_name(tmp_path):
     tensors = load_file(folder / "model.safetensors")
     kernel = tensors.pop("encoder.layer.1.output.dense.weight")
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(ValueError, match=r"missing layers\.1\.proj_out\.kernel \(24, 16\)"):
+    with pytest.raises(ValueError, match=r"missing encoder\.layer\.1\.output\.dense\.weight \(16, 24\)"):
         load_bert(folder)
     tensors |= {"encoder.layer.1.output.dense.weight": kernel, "lm_head.bias": kernel}
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(ValueError, match=r"keys that no rule knows: lm_head\.bias"):
+    with pytest.raises(ValueError, match=r"unexpected lm_head\.bias"):
         load_bert(folder)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors is missing"):
+    with pytest.raises(FileNotFoundError, match=r"has no .*\.safetensors"):
         load_bert(folder)
 
 

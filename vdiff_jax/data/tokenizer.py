@@ -1,8 +1,9 @@
 """Prompts to token ids: `encode(prompts, context_length) -> tokens i32 [b n], mask bool [b n]`.
 
 A sequence is BOS, the prompt's tokens, EOS, then padding; the mask is True up to and including EOS. The empty
-prompt "" is the null prompt: BOS EOS. Any `tokenizer.json` works through the same class; its own special tokens are
-found by their usual names (`[CLS]` and `[SEP]` are BOS and EOS in BERT's vocabulary).
+prompt "" is the null prompt: BOS EOS. Any `tokenizer.json` works through the same class: BOS and EOS are what it puts
+around a text (T5's has no BOS), the padding token is the one it names; where it says neither, they are found by their
+usual names (`[CLS]` and `[SEP]` are BOS and EOS in BERT's vocabulary).
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ FILE_NAME = "tokenizer.json"
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` with BOS, EOS and padding to a fixed length. Picklable; equal files, equal ids."""
+    """A `tokenizers.Tokenizer` with BOS, EOS and padding to a fixed length. Picklable; equal files, equal ids.
+
+    max_length: tokens of a prompt that the tokenizer's own file allows, or None where it says nothing.
+    """
 
     def __init__(self, text: str):
         """text: the content of a tokenizer.json. Raises ValueError if it is none or lacks an EOS or padding token."""
@@ -38,19 +42,34 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"this is not a tokenizer.json ({error}); save one with Tokenizer.save") from error
         self._text = text
+        padding, truncation = self._fast.padding, self._fast.truncation
         self._fast.no_padding()
         self._fast.no_truncation()
-        ids = {role: self._find(names) for role, names in _NAMES.items()}
+        ids = {role: self._find(names) for role, names in _NAMES.items()} | self._ends()
+        if padding and self._fast.token_to_id(padding["pad_token"]) == padding["pad_id"]:
+            ids["pad"] = padding["pad_id"]
         for role in ("pad", "eos"):
             if ids[role] is None:
                 raise ValueError(f"the tokenizer has no {role} token; add one of {', '.join(_NAMES[role])}")
         self.pad_id, self.unk_id, self.bos_id, self.eos_id = ids["pad"], ids["unk"], ids["bos"], ids["eos"]
+        self.max_length: int | None = truncation["max_length"] if truncation else None
+
+    def _ends(self) -> dict[str, int | None]:
+        """What the tokenizer itself puts before and after a text: nothing, EOS, or BOS and EOS."""
+        around = self._fast.encode("", add_special_tokens=True)
+        ids = [index for index, special in zip(around.ids, around.special_tokens_mask) if special]
+        return {"bos": ids[0] if len(ids) == 2 else None, "eos": ids[-1]} if 0 < len(ids) < 3 else {}
 
     def _find(self, names: Sequence[str]) -> int | None:
         return next((i for i in map(self._fast.token_to_id, names) if i is not None), None)
 
     def __reduce__(self):
         return Tokenizer, (self._text,)
+
+    @property
+    def text(self) -> str:
+        """The content of its tokenizer.json."""
+        return self._text
 
     @property
     def vocab_size(self) -> int:
@@ -114,7 +133,9 @@ class Tokenizer:
         """i32 [b n] -> prompts, special tokens left out."""
         special = {self.pad_id, self.bos_id, self.eos_id}
         rows = [[int(i) for i in row if int(i) not in special] for row in np.asarray(tokens)]
-        return self._fast.decode_batch(rows, skip_special_tokens=False)
+        prompts = self._fast.decode_batch(rows, skip_special_tokens=False)
+        suffix = getattr(self._fast.model, "end_of_word_suffix", None)  # CLIP's, which its decoder leaves in the text
+        return [prompt.replace(suffix, " ").strip() for prompt in prompts] if suffix else prompts
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write tokenizer.json (`path` itself, or inside it when it is a folder)."""

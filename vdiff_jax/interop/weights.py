@@ -1,40 +1,375 @@
-"""Foreign checkpoints into our parameter trees, by rule tables kept as data.
+"""Foreign checkpoints into our parameter trees and back, by rule tables kept as data.
 
-A rule is `(pattern, path, transform)`: a regex that must match a whole checkpoint key, our dotted path (with `\\1` for
-groups), and what to do with the tensor: "same", or "dense" (torch `[out in]` -> our `[in out]`). A path of None drops
-the tensor on purpose. Everything else must match, both ways.
+A rule is `(theirs, ours, kind)`: the dotted name of a layer in the checkpoint, its dotted path in our tree, and what
+it is, a name in `KINDS`, which says which tensors it has and how each is laid out on either side. A family's table is
+built from its configuration and lists every layer by name, so it reads both ways, a checkpoint can be compared with it
+before any weight is read, and a dry run can print it.
+
+Everything must match: keys that no rule names, tensors that are missing and tensors of another shape are all listed,
+with both shapes, and refused.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import jax
+import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from vdiff_jax.interop.pretrained import unflatten_like
+from vdiff_jax.parallel import path_name
 from vdiff_jax.types import Params
 
-Rule = tuple[str, str | None, str]
-TRANSFORMS = {"same": lambda tensor: tensor, "dense": lambda tensor: tensor.T}
+Rule = tuple[str, str, str]
 
 
-def convert_tensors(tensors: Mapping[str, np.ndarray], rules: Sequence[Rule], abstract: Params, source: str) -> Params:
-    """The tree of `abstract` filled from a checkpoint's tensors.
+class Leaf(NamedTuple):
+    """One tensor of a layer: the end of its name on either side, and its layout there and back."""
 
-    Raises ValueError listing every key that no rule matches, and every parameter that is missing or of another shape.
+    theirs: str
+    ours: str
+    load: Callable[[np.ndarray], np.ndarray]
+    save: Callable[[np.ndarray], np.ndarray]
+
+
+def _permuted(theirs: str, ours: str, order: Sequence[int]) -> Leaf:
+    back = tuple(np.argsort(order).tolist())
+    return Leaf(theirs, ours, lambda x: x.transpose(order), lambda x: x.transpose(back))
+
+
+def _same(theirs: str, ours: str) -> Leaf:
+    return Leaf(theirs, ours, lambda x: x, lambda x: x)
+
+
+_BIAS = _same(".bias", ".bias")
+KINDS: dict[str, tuple[Leaf, ...]] = {
+    "tensor": (_same("", ""),),
+    "dense": (_permuted(".weight", ".kernel", (1, 0)), _BIAS),
+    "norm": (_same(".weight", ".scale"), _BIAS),
+    "embedding": (_same(".weight", ""),),
+    "conv": (_permuted(".weight", ".kernel", (2, 3, 1, 0)), _BIAS),
+    "conv1x1": (Leaf(".weight", ".kernel", lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None]), _BIAS),
+    "temporal_conv": (
+        Leaf(
+            ".weight",
+            ".kernel",
+            lambda x: x[..., 0, 0].transpose(2, 1, 0),
+            lambda x: x.transpose(2, 1, 0)[..., None, None],
+        ),
+        _BIAS,
+    ),
+}
+"""Torch layouts against ours: dense `[o i] -> [i o]`, conv `[o i k k] -> [k k i o]`, conv1x1 `[o i 1 1] -> [i o]`,
+temporal_conv `[o i k 1 1] -> [k i o]`; a "tensor" is one array under its own name on both sides."""
+
+
+def nested(theirs: str, ours: str, rules: Sequence[Rule]) -> list[Rule]:
+    """The rules of a part, seen from the whole: both prefixes set before every name."""
+    return [(f"{theirs}.{there}", f"{ours}.{here}", kind) for there, here, kind in rules]
+
+
+@dataclasses.dataclass(frozen=True)
+class Binding:
+    """One tensor in both worlds. theirs, ours: full names; their_shape, our_shape; leaf: the way between them."""
+
+    theirs: str
+    ours: str
+    their_shape: tuple[int, ...]
+    our_shape: tuple[int, ...]
+    leaf: Leaf
+
+
+def bind(rules: Sequence[Rule], abstract: Params) -> list[Binding]:
+    """What every parameter of `abstract` is called in the checkpoint, in the order of the tree.
+
+    Rules for layers that this network does not have are passed over: tables may be written for all of a family.
+    Raises ValueError for a parameter that no rule, or more than one, names: the table is wrong, not a checkpoint.
     """
-    flat: dict[str, np.ndarray] = {}
-    unmatched = []
-    for key, tensor in tensors.items():
-        for pattern, path, transform in rules:
-            match = re.fullmatch(pattern, key)
-            if match:
-                if path is not None:
-                    flat[match.expand(path)] = TRANSFORMS[transform](tensor)
-                break
-        else:
-            unmatched.append(f"{key} {tensor.shape}")
-    if unmatched:
-        raise ValueError(f"{source} has keys that no rule knows: {'; '.join(sorted(unmatched))}")
-    return unflatten_like(flat, abstract, source)
+    shapes = {path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
+    found: dict[str, list[Binding]] = {name: [] for name in shapes}
+    for theirs, ours, kind in rules:
+        for leaf in KINDS[kind]:
+            name = ours + leaf.ours
+            if name in shapes:
+                their_shape = leaf.save(np.broadcast_to(np.float32(0), shapes[name])).shape
+                found[name].append(Binding(theirs + leaf.theirs, name, their_shape, shapes[name], leaf))
+    if wrong := sorted(name for name, bindings in found.items() if len(bindings) != 1):
+        raise ValueError(f"the rule table names these parameters not exactly once: {', '.join(wrong)}")
+    return [bindings[0] for bindings in found.values()]
+
+
+# Reading ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights(Mapping[str, tuple[int, ...]]):
+    """The tensors of a checkpoint by name: a mapping to their shapes; `read` loads one at a time.
+
+    source: the file, or the index of the files, for messages. files: where each tensor is.
+    """
+
+    source: Path
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+    files: dict[str, Path]
+
+    def __getitem__(self, name: str) -> tuple[int, ...]:
+        return self.shapes[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def read(self, name: str) -> np.ndarray:
+        with safe_open(self.files[name], "numpy") as file:
+            return file.get_tensor(name)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the (first) file says of itself."""
+        with safe_open(next(iter(self.files.values())), "numpy") as file:
+            return file.metadata() or {}
+
+
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+"""What diffusers and transformers call the weights of a component."""
+
+
+def open_weights(path: str | Path, variant: str | None = None) -> Weights:
+    """The weights at `path`: a safetensors file, an index of several, or the folder of a component.
+
+    variant: "fp16" and the like, as in `diffusion_pytorch_model.fp16.safetensors`; None takes the plain file, or the
+        only variant there is.
+    Raises FileNotFoundError if there are none; ValueError for a pickle, which is never opened, a file that is cut
+    short, or an index that names a file which lacks what the index promises.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = _weights_file(path, variant)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: no weights to read")
+    refuse_pickle(path)
+    if path.suffix == ".json":
+        return _open_index(path)
+    return _collect(path, [path])
+
+
+def _weights_file(folder: Path, variant: str | None) -> Path:
+    names = [f"{stem}{kind}" for stem in STEMS for kind in (".safetensors", ".safetensors.index.json")]
+    if variant:
+        # The two libraries, and their versions, place the variant's name differently in that of an index.
+        ends = ("{}.safetensors", "{}.safetensors.index.json", "safetensors.index.{}.json")
+        names = [f"{stem}.{end.format(variant)}" for stem in STEMS for end in ends]
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    others = sorted(p for p in folder.glob("*.safetensors") if not re.search(r"-\d{5}-of-\d{5}", p.name))
+    if len(others) == 1 and variant is None:
+        return others[0]
+    if pickles := sorted(p for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")):
+        refuse_pickle(pickles[0])
+    had = ", ".join(p.name for p in others) or "none"
+    raise FileNotFoundError(f"{folder} has no {names[0]}; safetensors files there: {had}")
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raises ValueError if the first bytes are those of a pickle, bare or in a zip archive as torch writes it."""
+    with open(path, "rb") as file:
+        head = file.read(9)
+    if head[8:] == b"{":  # safetensors: before its json stands the json's length, whose bytes can look like a pickle's
+        return
+    if head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05"):
+        raise ValueError(
+            f"{path} is a pickle, which can run code when it is opened, so it is not read: convert it once where torch "
+            'is installed, safetensors.torch.save_file(torch.load(path, weights_only=True), "model.safetensors"), or '
+            "take the safetensors file that the model's authors give"
+        )
+
+
+def _open_index(path: Path) -> Weights:
+    try:
+        placed: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path} is not an index of weights ({error})") from error
+    files = [path.parent / name for name in sorted(set(placed.values()))]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing, which {path.name} names: the download is incomplete")
+        refuse_pickle(file)
+    weights = _collect(path, files)
+    wrong = sorted(
+        name for name in placed.keys() | weights.keys() if weights.files.get(name) != path.parent / placed.get(name, "")
+    )
+    if wrong:
+        raise ValueError(f"{path} and its files disagree about {', '.join(wrong[:8])}")
+    return weights
+
+
+def _collect(source: Path, files: Sequence[Path]) -> Weights:
+    weights = Weights(source, {}, {}, {})
+    for path in files:
+        try:
+            with safe_open(path, "numpy") as file:
+                for name in file.keys():
+                    entry = file.get_slice(name)
+                    weights.shapes[name] = tuple(entry.get_shape())
+                    weights.dtypes[name] = entry.get_dtype()
+                    weights.files[name] = path
+        except (SafetensorError, ValueError, OSError) as error:
+            raise ValueError(f"{path} is not a readable safetensors file ({error})") from error
+    return weights
+
+
+def load_params(
+    weights: Weights,
+    rules: Sequence[Rule],
+    abstract: Params,
+    *,
+    renames: Sequence[tuple[str, str]] = (),
+    ignore: Sequence[str] = (),
+    dtype: str | None = None,
+    shardings: Any = None,
+    on_tensor: Callable[[str], None] | None = None,
+) -> Params:
+    """The tree of `abstract` filled from a checkpoint, one tensor at a time.
+
+    Args:
+        renames: `(pattern, replacement)` applied to every key first, for checkpoints that use older names.
+        ignore: patterns of whole keys that are known and not wanted (buffers, heads of another task).
+        dtype: of the parameters; None = that of `abstract` (float32).
+        shardings: a tree of shardings like `abstract`; each tensor is read, laid out and sent to its devices before
+            the next is read, and no process holds more than one on the host. None keeps numpy arrays.
+        on_tensor: called with our name of each tensor that is done.
+    Raises:
+        ValueError: listing every key that is unknown, missing or of another shape, with both shapes.
+    """
+    bindings = bind(rules, abstract)
+    found = check_weights(weights, bindings, renames=renames, ignore=ignore)
+    by_name = {binding.ours: binding for binding in bindings}
+
+    def load(path: tuple, leaf: Any, sharding: Any = None) -> Any:
+        binding = by_name[path_name(path)]
+        value = binding.leaf.load(weights.read(found[binding.theirs]))
+        value = np.ascontiguousarray(value.astype(dtype_of(dtype) if dtype else leaf.dtype))
+        if on_tensor is not None:
+            on_tensor(binding.ours)
+        if sharding is None:
+            return value
+        return jax.block_until_ready(jax.make_array_from_callback(value.shape, sharding, lambda index: value[index]))
+
+    if shardings is None:
+        return jax.tree_util.tree_map_with_path(load, abstract)
+    return jax.tree_util.tree_map_with_path(load, abstract, shardings)
+
+
+def check_weights(
+    weights: Weights,
+    bindings: Sequence[Binding],
+    *,
+    renames: Sequence[tuple[str, str]] = (),
+    ignore: Sequence[str] = (),
+) -> dict[str, str]:
+    """Where each expected tensor is: the checkpoint's key by the name in the rules. Arguments and errors as in
+    `load_params`."""
+    found: dict[str, str] = {}
+    problems: list[str] = []
+    expected = {binding.theirs: binding for binding in bindings}
+    for key, shape in weights.items():
+        name = key
+        for pattern, replacement in renames:
+            name = re.sub(pattern, replacement, name)
+        if name in expected:
+            if name in found:
+                problems.append(f"{key} and {found[name]} are both {name}")
+            found[name] = key
+            if shape != expected[name].their_shape:
+                problems.append(f"{key} is {shape}, expected {expected[name].their_shape} for {expected[name].ours}")
+        elif not any(re.fullmatch(pattern, key) for pattern in ignore):
+            problems.append(f"unexpected {key} {shape}")
+    problems += [
+        f"missing {name} {binding.their_shape} for {binding.ours} {binding.our_shape}"
+        for name, binding in expected.items()
+        if name not in found
+    ]
+    if problems:
+        raise ValueError(f"{weights.source} does not fit the model: {'; '.join(sorted(problems))}")
+    return found
+
+
+# Writing ----------------------------------------------------------------------------------------------------------
+
+
+def dtype_of(name: str) -> np.dtype:
+    """float32, float16, or bfloat16, which numpy alone does not know."""
+    if name not in ("float32", "float16", "bfloat16"):
+        raise ValueError(f"dtype {name!r} is unknown: use float32, float16 or bfloat16")
+    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+
+
+def save_weights(
+    folder: str | Path,
+    params: Params,
+    rules: Sequence[Rule],
+    *,
+    stem: str = "diffusion_pytorch_model",
+    dtype: str = "float32",
+    max_shard_bytes: int = 10 * 2**30,
+    extra: Mapping[str, np.ndarray] | None = None,
+) -> Path:
+    """Write a parameter tree as a foreign checkpoint: `<stem>.safetensors`, or shards and their index.
+
+    extra: tensors that the other library expects and we do not keep (buffers), by their name.
+    Returns the file, or the index. Written by temporary names, the index last.
+    """
+    folder, target = Path(folder), dtype_of(dtype)
+    bindings = bind(rules, params)
+    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    shards: list[list[Binding]] = [[]]
+    room = max_shard_bytes
+    for binding in bindings:
+        size = int(np.prod(binding.our_shape, dtype=np.int64)) * target.itemsize
+        if shards[-1] and size > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(binding)
+        room -= size
+    names = [f"{stem}.safetensors"]
+    if len(shards) > 1:
+        names = [f"{stem}-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
+    placed: dict[str, str] = {}
+    for name, shard in zip(names, shards):
+        tensors = {b.theirs: b.leaf.save(np.asarray(leaves[b.ours])).astype(target) for b in shard}
+        if name == names[0]:
+            tensors |= dict(extra or {})
+        write_safetensors(folder / name, tensors, {"format": "pt"})
+        placed |= dict.fromkeys(tensors, name)
+    if len(shards) == 1:
+        return folder / names[0]
+    total = sum(int(np.prod(b.our_shape, dtype=np.int64)) for b in bindings) * target.itemsize
+    index = folder / f"{stem}.safetensors.index.json"
+    temporary = index.with_name(f".{index.name}.{os.getpid()}.tmp")
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}, indent=2)
+    temporary.write_text(text + "\n", encoding="utf-8")
+    os.replace(temporary, index)
+    return index
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """One safetensors file, by a temporary name in the same folder."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, temporary, metadata=metadata)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
