@@ -71,8 +71,10 @@ def ddpm_inversion(
         x0_hat = denoise_fn(z, level, known, cond, next_logsnr=next_level, keys=draws)
         mean, _ = step(z, x0_hat, empty_history(z, False), level, next_level, jnp.zeros_like(z), ANCESTRAL)
         following = noisy(index + 1)
-        spread = jnp.maximum(step_noise_std(level, next_level), jnp.finfo(z.dtype).tiny)
-        return following, ((following - mean) / expand(spread, z), x0_hat)
+        spread = expand(step_noise_std(level, next_level), z)
+        # A step onto sigma = 0 adds no noise: what is missing there is the residual.
+        noise = jnp.where(spread > 0, (following - mean) / jnp.maximum(spread, jnp.finfo(z.dtype).tiny), 0.0)
+        return following, (noise, x0_hat)
 
     start = noisy(jnp.zeros((), jnp.int32))
     _, (tape, estimates) = jax.lax.scan(body, start, jnp.arange(steps))

@@ -78,7 +78,7 @@ def _frame_selection(frames: Any, num_frames: int) -> Array:
 
 
 def uniform_plan(schedule: Schedule, steps: int, batch: int, num_frames: int, start: float | Array = 1.0) -> Array:
-    """All frames at one level, `[steps+1 b f]`, from u = `start` (1 = pure noise) to clean."""
+    """All frames at one level, `[steps+1 b f]`, from share `start` of the schedule's walk (1 = pure noise) to clean."""
     return jnp.broadcast_to(grid(schedule, steps, start)[:, None, None], (steps + 1, batch, num_frames))
 
 
@@ -134,8 +134,13 @@ def random_monotone_plan(key: Array, schedule: Schedule, steps: int, batch: int,
 
 
 def reverse(plan: Array) -> Array:
-    """The plan walked backwards, from clean to noise: with a deterministic sampler, the inversion of a clip."""
-    return plan[::-1]
+    """The plan walked backwards, from clean to noise: with a deterministic sampler, the inversion of a clip.
+
+    Where the plan ends at +inf, the clip is taken to be at the last level before it: without any noise there is no
+    direction to go back in.
+    """
+    end = jnp.where(jnp.isposinf(plan[-1]), plan[-2], plan[-1])
+    return jnp.concatenate([end[None], plan[-2::-1]])
 
 
 # Jobs ------------------------------------------------------------------------------------------------------------
@@ -149,8 +154,9 @@ def text_to_video_job(
     keys: `[b]`, one per sample. shape: (b, f, h, w, c) of the latents.
     """
     batch, num_frames = shape[:2]
+    noise = draw_noise(stream(keys, START_STREAM), tuple(shape[1:]), noise_kind)
     return Job(
-        z=draw_noise(stream(keys, START_STREAM), tuple(shape[1:]), noise_kind),
+        z=schedule.start_std(steps) * noise,
         plan=uniform_plan(schedule, steps, batch, num_frames),
         known=nothing_known(shape),
         cond=cond,

@@ -186,8 +186,9 @@ def _correction(x0_hat: Latents, history: History, h_now: LogSNR) -> Latents:
     h = jnp.where(active, history.h, 1.0)
     older = jnp.where(quadratic, history.older_h, 1.0)
     first, second = kernel_moments(h)
-    # Lagrange weights of the estimates at -older, 0 and h, or at 0 and h, integrated against the kernel.
-    weight_new = jnp.where(quadratic, (second + older * first) / (h * (older + h)), first / h)
+    # Lagrange weights of the estimates at -older, 0 and h, integrated against the kernel.
+    # With two estimates only (the first correction), evenly: of the same order, and what public UniPC samplers do.
+    weight_new = jnp.where(quadratic, (second + older * first) / (h * (older + h)), 0.5)
     weight_older = jnp.where(quadratic, (second - h * first) / (older * (older + h)), 0.0)
     weight_last = 1 - weight_new - weight_older
     better = expand(weight_new, x0_hat) * x0_hat + expand(weight_last, x0_hat) * history.x
