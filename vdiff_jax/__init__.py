@@ -19,7 +19,7 @@ _PUBLIC = {
     "Conditioning": "vdiff_jax.types",
     "Job": "vdiff_jax.types",
     "Known": "vdiff_jax.types",
-    "UNetConfig": "vdiff_jax.models.unet",
+    "UNetConfig": "vdiff_jax.models.unet_config",
     "AutoencoderConfig": "vdiff_jax.models.autoencoder",
     "TextEncoderConfig": "vdiff_jax.models.text_encoder",
     "make_sampler": "vdiff_jax.sampling.samplers",

@@ -17,7 +17,8 @@ from vdiff_jax.models.autoencoder import AutoencoderConfig, VideoAutoencoder
 from vdiff_jax.models.functional import functional
 from vdiff_jax.models.image_encoder import ImageEncoder, ImageEncoderConfig
 from vdiff_jax.models.text_encoder import TextEncoder, TextEncoderConfig
-from vdiff_jax.models.unet import UNetConfig, VideoUNet
+from vdiff_jax.models.unet import VideoUNet
+from vdiff_jax.models.unet_config import UNetConfig
 from vdiff_jax.types import Array, Params
 
 KINDS: dict[str, tuple[type, type]] = {

@@ -68,12 +68,21 @@ class Conditioning:
     style_weight: `[b/2]` f32, or None for rows that do not see each other. Row `i` of the first half of the batch takes
         its looks from row `i + b/2`, its style, by shared attention (see `editing.style.SharedAttention`): 0 = not at
         all, 1 = as from itself, above 1 = more.
+
+    Public networks that animate an image or know a clip's rate (Stable Video Diffusion, I2VGen-XL) read, beside these:
+
+    image_latents: `[b f h w c]` f32, the image's latents on every frame, as further input channels.
+    image_embedding: `[b d]` f32, of an image encoder (I2VGen-XL; SVD reads its own as the one token of `text`).
+    added: `[b k]` f32, numbers about the clip: fps - 1, motion bucket, noise augmentation (SVD); fps (I2VGen-XL).
     """
 
     text: Float[Array, "b n d"] | None
     text_mask: Bool[Array, "b n"] | None
     times: Float[Array, "b f"]
     style_weight: Float[Array, " half_b"] | None = None
+    image_latents: Latents | None = None
+    image_embedding: Float[Array, "b d"] | None = None
+    added: Float[Array, "b k"] | None = None
 
 
 @struct

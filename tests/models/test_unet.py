@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from vdiff_jax.components import make_component
+from vdiff_jax.models.embeddings import PromptLayout, pool_text
 from vdiff_jax.models.functional import functional, parameter_count
-from vdiff_jax.models.unet import LinearPath, PromptLayout, UNetConfig, VideoUNet, nearest_known, pool_text
+from vdiff_jax.models.unet import LinearPath, VideoUNet, nearest_known
+from vdiff_jax.models.unet_config import UNetConfig
 from vdiff_jax.types import Conditioning
 
 SMALL = UNetConfig(

@@ -108,9 +108,9 @@ def share_attention(query: Array, key: Array, value: Array, weight: Array) -> tu
 class Attention(nnx.Module):
     """Multi-head attention, `x [b n d]` attending to `context [b m d']` (itself by default).
 
-    position: `[b n]` real numbers for rotary self-attention. init_scale=0 makes the output zero at the start, so
-    that a residual branch begins as the identity. style_weight: `[b/2]`, self-attention is shared between the two
-    halves of the rows, see `share_attention`.
+    heads: how many; None = features / head_dim. position: `[b n]` real numbers for rotary self-attention.
+    init_scale=0 makes the output zero at the start, so that a residual branch begins as the identity.
+    style_weight: `[b/2]`, self-attention is shared between the two halves of the rows, see `share_attention`.
     """
 
     def __init__(
@@ -119,18 +119,20 @@ class Attention(nnx.Module):
         *,
         context_features: int | None = None,
         head_dim: int = 32,
+        heads: int | None = None,
         use_bias: bool = False,
         init_scale: float = 1.0,
         implementation: str = "auto",
         dtype=jnp.float32,
     ):
-        if features % head_dim:
+        if heads is None and features % head_dim:
             raise ValueError(f"head_dim={head_dim} does not divide {features} channels: choose a divisor")
+        width = features if heads is None else heads * head_dim
         context_features = context_features or features
-        self.to_q = Dense(features, features, use_bias=use_bias, dtype=dtype)
-        self.to_k = Dense(context_features, features, use_bias=use_bias, dtype=dtype)
-        self.to_v = Dense(context_features, features, use_bias=use_bias, dtype=dtype)
-        self.to_out = Dense(features, features, init_scale=init_scale, dtype=dtype)
+        self.to_q = Dense(features, width, use_bias=use_bias, dtype=dtype)
+        self.to_k = Dense(context_features, width, use_bias=use_bias, dtype=dtype)
+        self.to_v = Dense(context_features, width, use_bias=use_bias, dtype=dtype)
+        self.to_out = Dense(width, features, init_scale=init_scale, dtype=dtype)
         self.head_dim, self.implementation = head_dim, implementation
 
     def __call__(
@@ -152,4 +154,4 @@ class Attention(nnx.Module):
         if style_weight is not None:
             query, key, value, bias = share_attention(query, key, value, style_weight)
         out = dot_product_attention(query, key, value, mask, self.implementation, bias)
-        return self.to_out(out.reshape(x.shape))
+        return self.to_out(out.reshape(*x.shape[:-1], -1))

@@ -1,16 +1,15 @@
-"""The blocks of the space-time UNet: residual, temporal convolution, spatial and temporal transformer.
+"""The blocks that see one frame at a time: residual block, transformer layer, spatial transformer.
 
-All map `[b f h w c] -> [b f h w c']`. Temporal branches end in a zero-initialised layer, so a network with fresh
-temporal branches equals the image model it started from, frame by frame.
+All map `[b f h w c] -> [b f h w c']`; `temporal.py` has their counterparts over frames.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange, repeat
+from einops import rearrange
 from flax import nnx
 
 from vdiff_jax.models.attention import Attention
@@ -21,14 +20,20 @@ from vdiff_jax.models.layers import (
     FrameConv,
     GroupNorm,
     LayerNorm,
-    TemporalConv,
+    Scope,
     coordinate_embedding,
 )
 from vdiff_jax.types import Array, Conditioning
 
+Modulation = Literal["film", "add"]
+
 
 class ResBlock(nnx.Module):
-    """Residual 2-D block; with `embedding_features`, the per-frame embedding `[b f e]` is FiLM on its second norm."""
+    """Residual 2-D block (He et al. 2016, as in Rombach et al. 2022).
+
+    With `embedding_features` a per-frame embedding `[b f e]` acts on it: "film" scales and shifts what the second norm
+    gives, "add" is added to what goes into it, as public image and video UNets have it. scope: of both norms.
+    """
 
     def __init__(
         self,
@@ -38,12 +43,16 @@ class ResBlock(nnx.Module):
         *,
         norm_groups: int,
         epsilon: float = 1e-5,
+        modulation: Modulation = "film",
+        scope: Scope = "frame",
         dtype=jnp.float32,
     ):
-        norm: dict[str, Any] = dict(groups=norm_groups, scope="frame", epsilon=epsilon, dtype=dtype)
+        norm: dict[str, Any] = dict(groups=norm_groups, scope=scope, epsilon=epsilon, dtype=dtype)
+        film, add = (embedding_features if modulation == kind else None for kind in ("film", "add"))
         self.norm1 = GroupNorm(in_features, **norm)
         self.conv1 = FrameConv(in_features, out_features, dtype=dtype)
-        self.film = Dense(embedding_features, 2 * out_features, init_scale=0.0) if embedding_features else None
+        self.film = Dense(film, 2 * out_features, init_scale=0.0) if film else None
+        self.time = Dense(add, out_features, dtype=dtype) if add else None
         self.norm2 = GroupNorm(out_features, **norm)
         self.conv2 = FrameConv(out_features, out_features, init_scale=0.0, dtype=dtype)
         self.shortcut = Dense(in_features, out_features, dtype=dtype) if in_features != out_features else None
@@ -53,45 +62,57 @@ class ResBlock(nnx.Module):
         if self.film is not None and embedding is not None:
             scale, shift = jnp.split(self.film(jax.nn.silu(embedding)), 2, axis=-1)
         h = self.conv1(jax.nn.silu(self.norm1(x)))
+        if self.time is not None and embedding is not None:
+            h = h + self.time(jax.nn.silu(embedding))[:, :, None, None]
         h = self.conv2(jax.nn.silu(self.norm2(h, scale, shift)))
         return h + (x if self.shortcut is None else self.shortcut(x))
 
 
-class TemporalConvBlock(nnx.Module):
-    """`x + conv(silu(video_norm(x)))` with a 3 x 1 x 1 convolution, FiLM by the frame embedding, zero at the start."""
-
-    def __init__(self, features: int, embedding_features: int, *, norm_groups: int, dtype=jnp.float32):
-        self.norm = GroupNorm(features, groups=norm_groups, scope="video", epsilon=1e-5, dtype=dtype)
-        self.film = Dense(embedding_features, 2 * features, init_scale=0.0)
-        self.conv = TemporalConv(features, features, init_scale=0.0, dtype=dtype)
-
-    def __call__(self, x: Array, embedding: Array) -> Array:
-        scale, shift = jnp.split(self.film(jax.nn.silu(embedding)), 2, axis=-1)
-        return x + self.conv(jax.nn.silu(self.norm(x, scale, shift)))
-
-
 class TransformerLayer(nnx.Module):
-    """Pre-norm transformer layer on tokens `[b n d]`: self-attention, cross-attention if asked, feed-forward."""
+    """Pre-norm transformer layer on tokens `[b n d]`: self-attention, a second attention if asked, feed-forward.
 
-    def __init__(self, features: int, *, text_features: int | None, head_dim: int, implementation: str, dtype):
+    text_features: the second attention reads tokens of this width. self_attentions=2: it is self-attention again, as in
+    the temporal layers of ModelScope and AnimateDiff. expansion: width of the feed-forward in units of `features`.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        text_features: int | None,
+        head_dim: int,
+        implementation: str,
+        dtype,
+        self_attentions: int = 1,
+        expansion: int = 2,
+    ):
         attention: dict[str, Any] = dict(head_dim=head_dim, implementation=implementation, dtype=dtype)
+        second = text_features is not None or self_attentions == 2
         self.norm1 = LayerNorm(features, dtype=dtype)
         self.attn1 = Attention(features, **attention)
-        self.norm2 = LayerNorm(features, dtype=dtype) if text_features else None
-        self.attn2 = Attention(features, context_features=text_features, **attention) if text_features else None
+        self.norm2 = LayerNorm(features, dtype=dtype) if second else None
+        self.attn2 = Attention(features, context_features=text_features, **attention) if second else None
         self.norm3 = LayerNorm(features, dtype=dtype)
-        self.feedforward = Feedforward(features, expansion=2, dtype=dtype)
+        self.feedforward = Feedforward(features, expansion=expansion, dtype=dtype)
 
     def attend(
         self,
         tokens: Array,
         *,
         position: Array | None = None,
+        added_position: Array | None = None,
         mask: Array | None = None,
         style_weight: Array | None = None,
     ) -> Array:
+        """position: real numbers for rotary embedding. added_position: `[1 n d]`, added to what attention sees."""
         normed = self.norm1(tokens)
+        normed = normed if added_position is None else normed + added_position
         return tokens + self.attn1(normed, position=position, mask=mask, style_weight=style_weight)
+
+    def attend_again(self, tokens: Array, *, added_position: Array | None = None) -> Array:
+        assert self.attn2 is not None and self.norm2 is not None
+        normed = self.norm2(tokens)
+        return tokens + self.attn2(normed if added_position is None else normed + added_position)
 
     def cross(self, tokens: Array, text: Array, text_mask: Array | None) -> Array:
         assert self.attn2 is not None and self.norm2 is not None
@@ -106,7 +127,8 @@ class SpatialTransformer(nnx.Module):
     """Self-attention within each frame and cross-attention to the prompt, residual outside.
 
     coordinates: tokens know where in the frame they stand, see `layers.coordinate_embedding`. Where `cond` has a
-    `style_weight`, frame t of a row shares its self-attention with frame t of the row's style.
+    `style_weight`, frame t of a row shares its self-attention with frame t of the row's style. layers: how many
+    transformer layers stand between `proj_in` and `proj_out`; with more than one they are a list, `layers.0`, ...
     """
 
     def __init__(
@@ -119,13 +141,24 @@ class SpatialTransformer(nnx.Module):
         norm_groups: int,
         implementation: str,
         dtype,
+        layers: int = 0,
+        expansion: int = 2,
     ):
+        def layer() -> TransformerLayer:
+            return TransformerLayer(
+                features,
+                text_features=text_features,
+                head_dim=head_dim,
+                implementation=implementation,
+                expansion=expansion,
+                dtype=dtype,
+            )
+
         self.norm = GroupNorm(features, groups=norm_groups, scope="frame", epsilon=1e-6, dtype=dtype)
         self.proj_in = Dense(features, features, dtype=dtype)
         self.position = Dense(COORDINATE_FEATURES, features, use_bias=False, dtype=dtype) if coordinates else None
-        self.layer = TransformerLayer(
-            features, text_features=text_features, head_dim=head_dim, implementation=implementation, dtype=dtype
-        )
+        self.layer = layer() if layers == 0 else None
+        self.layers = nnx.List([layer() for _ in range(layers)])
         self.proj_out = Dense(features, features, init_scale=0.0, dtype=dtype)
 
     def __call__(self, x: Array, cond: Conditioning) -> Array:
@@ -135,64 +168,18 @@ class SpatialTransformer(nnx.Module):
             tokens = tokens + self.position(coordinate_embedding(height, width))[None, None]
         tokens = rearrange(tokens, "b f h w c -> (b f) (h w) c")
         weight = None if cond.style_weight is None else jnp.repeat(cond.style_weight, num_frames)
-        tokens = self.layer.attend(tokens, style_weight=weight)
-        if cond.text is not None and self.layer.attn2 is not None:
-            # All tokens of a clip share the prompt: one long query instead of a text copy per frame.
-            tokens = rearrange(tokens, "(b f) n c -> b (f n) c", b=batch)
-            tokens = self.layer.cross(tokens, cond.text, cond.text_mask)
-        tokens = self.layer.feed(tokens)
+        for layer in self.layers if self.layer is None else (self.layer,):
+            tokens = spatial_layer(layer, tokens, cond, batch, weight)
         return x + self.proj_out(tokens.reshape(batch, num_frames, height, width, -1))
 
 
-class TemporalTransformer(nnx.Module):
-    """Self-attention over frames at each pixel, positions are the real time stamps `[b f]`; zero at the start.
-
-    It is not shared with a style: what it carries is motion, and a style image stands still.
-    """
-
-    def __init__(self, features: int, *, head_dim: int, norm_groups: int, implementation: str, dtype):
-        self.norm = GroupNorm(features, groups=norm_groups, scope="video", epsilon=1e-6, dtype=dtype)
-        self.proj_in = Dense(features, features, dtype=dtype)
-        self.layer = TransformerLayer(
-            features, text_features=None, head_dim=head_dim, implementation=implementation, dtype=dtype
-        )
-        self.proj_out = Dense(features, features, init_scale=0.0, dtype=dtype)
-
-    def __call__(self, x: Array, times: Array) -> Array:
-        _, _, height, width, _ = x.shape
-        tokens = rearrange(self.proj_in(self.norm(x)), "b f h w c -> (b h w) f c")
-        tokens = self.layer.attend(tokens, position=repeat(times, "b f -> (b n) f", n=height * width))
-        tokens = self.layer.feed(tokens)
-        return x + self.proj_out(rearrange(tokens, "(b h w) f c -> b f h w c", h=height, w=width))
-
-
-class SpaceTimeBlock(nnx.Module):
-    """Residual block, temporal convolution, then (where `attention`) spatial and temporal transformer."""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        embedding_features: int,
-        text_features: int | None,
-        coordinates: bool,
-        attention: bool,
-        head_dim: int,
-        norm_groups: int,
-        implementation: str,
-        dtype,
-    ):
-        shared: dict[str, Any] = dict(norm_groups=norm_groups, dtype=dtype)
-        self.res = ResBlock(in_features, out_features, embedding_features, **shared)
-        self.temporal_conv = TemporalConvBlock(out_features, embedding_features, **shared)
-        heads: dict[str, Any] = dict(head_dim=head_dim, implementation=implementation, **shared)
-        prompt: dict[str, Any] = dict(text_features=text_features, coordinates=coordinates)
-        self.spatial = SpatialTransformer(out_features, **prompt, **heads) if attention else None
-        self.temporal = TemporalTransformer(out_features, **heads) if attention else None
-
-    def __call__(self, x: Array, embedding: Array, cond: Conditioning) -> Array:
-        x = self.temporal_conv(self.res(x, embedding), embedding)
-        if self.spatial is not None and self.temporal is not None:
-            x = self.temporal(self.spatial(x, cond), cond.times)
-        return x
+def spatial_layer(
+    layer: TransformerLayer, tokens: Array, cond: Conditioning, batch: int, style_weight: Array | None = None
+) -> Array:
+    """One transformer layer over the tokens of each frame, `[(b f) n d]`, with cross-attention to the prompt."""
+    tokens = layer.attend(tokens, style_weight=style_weight)
+    if cond.text is not None and layer.attn2 is not None:
+        # All tokens of a clip share the prompt: one long query instead of a text copy per frame.
+        flat = rearrange(tokens, "(b f) n c -> b (f n) c", b=batch)
+        tokens = layer.cross(flat, cond.text, cond.text_mask).reshape(tokens.shape)
+    return layer.feed(tokens)

@@ -1,19 +1,20 @@
-"""`VideoUNet`: the factorised space-time UNet whose noise level is per frame.
+"""`VideoUNet`: the factorised space-time UNet, ours and, by `UNetConfig.family`, the public ones.
 
-Input channels are `concat(z, known_mask, known_mask * context_logsnr / 10, coordinates, layout, nearest known)`; each
-frame has its own embedding made of its noise level, its time stamp, the gaps to its neighbours and the pooled prompt.
+Ours has a noise level per frame and knows its context. Its input channels are `concat(z, known_mask,
+known_mask * context_logsnr / 10, coordinates, layout, nearest known)`; each frame has its own embedding made of its
+noise level, its time stamp, the gaps to its neighbours and the pooled prompt.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vdiff_jax.models.blocks import ResBlock, SpaceTimeBlock
+from vdiff_jax.models.blocks import ResBlock
+from vdiff_jax.models.embeddings import FrameEmbedding, ImageContext, PromptLayout, StepEmbedding
 from vdiff_jax.models.layers import (
     COORDINATE_FEATURES,
     Dense,
@@ -22,102 +23,38 @@ from vdiff_jax.models.layers import (
     GroupNorm,
     Upsample,
     coordinate_embedding,
-    sinusoidal_embedding,
 )
+from vdiff_jax.models.space_time import SpaceTimeBlock
+from vdiff_jax.models.temporal import MotionTransformer
+from vdiff_jax.models.unet_config import UNetConfig
 from vdiff_jax.types import Array, Conditioning, KnownMask, Latents, LogSNR
-
-Remat = Literal["none", "blocks", "dots"]
-
-
-@dataclasses.dataclass(frozen=True)
-class UNetConfig:
-    """Shape of a `VideoUNet`.
-
-    latent_channels: channels of `z` and of the prediction.
-    channels: width of each level, full resolution first; each further level halves height and width.
-    attention: per level, whether its blocks carry spatial and temporal transformers.
-    text_features: width of the prompt tokens, None for an unconditional model.
-    coordinates: tell every token where in the frame it stands. Convolutions find that out from their zero padding
-        alone, slowly; words like "left" in a prompt need it at once.
-    layout_features: input channels that say where and when things shall be, see `PromptLayout`; 0 for none.
-    nearest_known: show every token what is known at its place in the nearest frame in time, see `nearest_known`. Most
-        of a frame to predict or fill in is already there.
-    linear_path: add to the prediction what is linear in `z` and the nearest known tokens, see `LinearPath`.
-    dtype: compute type, "float32" or "bfloat16"; parameters and norms are fp32 always.
-    remat: "none", "blocks" (recompute each block in the backward pass) or "dots" (as blocks, but keep matmuls).
-    """
-
-    latent_channels: int = 4
-    channels: tuple[int, ...] = (64, 128)
-    blocks_per_level: int = 1
-    attention: tuple[bool, ...] = (True, True)
-    text_features: int | None = 64
-    coordinates: bool = True
-    layout_features: int = 32
-    nearest_known: bool = False
-    linear_path: bool = False
-    embedding_features: int = 256
-    head_dim: int = 32
-    norm_groups: int = 8
-    dtype: str = "float32"
-    remat: Remat = "none"
-    attention_implementation: str = "auto"
-
-    def __post_init__(self):
-        if len(self.attention) != len(self.channels):
-            raise ValueError(
-                f"unet.attention has {len(self.attention)} entries for {len(self.channels)} levels in unet.channels: "
-                "give one True or False per level"
-            )
-        if self.remat not in ("none", "blocks", "dots"):
-            raise ValueError(f"unet.remat={self.remat!r} is unknown: choose none, blocks or dots")
-
-    @classmethod
-    def native(cls, size: str = "1M", **overrides: Any) -> UNetConfig:
-        """Presets by approximate parameter count: "1M", "3M", "10M", "100M", "500M", "1B"."""
-        presets: dict[str, dict[str, Any]] = {
-            "1M": dict(channels=(32, 64), attention=(False, True), embedding_features=128),
-            "3M": dict(channels=(32, 96), attention=(False, True), embedding_features=192),
-            "10M": dict(channels=(64, 128, 160), attention=(False, True, True), embedding_features=256),
-            "100M": dict(channels=(128, 256, 384), attention=(True,) * 3, embedding_features=512),
-            "500M": dict(channels=(256, 512, 768, 768), attention=(True,) * 4, embedding_features=1024),
-            "1B": dict(channels=(320, 640, 1280, 1280), attention=(True, True, True, False), embedding_features=1280),
-        }
-        wide = dict(blocks_per_level=2, head_dim=64, norm_groups=32) if size in ("100M", "500M", "1B") else {}
-        if size not in presets:
-            raise ValueError(f"UNet size {size!r} is unknown: choose one of {', '.join(presets)}")
-        return cls(**{**presets[size], **wide, **overrides})
 
 
 class VideoUNet(nnx.Module):
-    """`prediction = unet(z, logsnr, known_mask, context_logsnr, cond)`, see `types.PredictFn`."""
+    """`prediction = unet(z, logsnr, known_mask, context_logsnr, cond)`, see `types.PredictFn`.
+
+    Public families are told their checkpoint's own timesteps in the place of `logsnr`, and nothing of what is known;
+    `interop.diffusers` and `LatentModel` see to that.
+    """
 
     def __init__(self, config: UNetConfig):
         self.config = config
         dtype = jnp.dtype(config.dtype)
-        block: dict[str, Any] = dict(
-            embedding_features=config.embedding_features,
-            text_features=config.text_features,
-            coordinates=config.coordinates,
-            head_dim=config.head_dim,
-            norm_groups=config.norm_groups,
-            implementation=config.attention_implementation,
-            dtype=dtype,
-        )
-        self.embedding = FrameEmbedding(config)
+        native = config.family == "native"
+        self.embedding = FrameEmbedding(config) if native else StepEmbedding(config)
         self.layout = PromptLayout(config) if config.text_features and config.layout_features else None
-        inputs = config.latent_channels + 2
-        inputs += COORDINATE_FEATURES if config.coordinates else 0
-        inputs += config.layout_features if self.layout else 0
-        inputs += config.latent_channels + 2 if config.nearest_known else 0
-        self.conv_in = FrameConv(inputs, config.channels[0], dtype=dtype)
+        self.image_context = ImageContext(config) if config.family == "i2vgen" else None
+        self.conv_in = FrameConv(_input_channels(config), config.channels[0], dtype=dtype)
+        self.transformer_in = _transformer_in(config) if config.family in ("modelscope", "i2vgen") else None
 
         skips = [config.channels[0]]
         width = config.channels[0]
         down, downsamplers = [], []
         for level, features in enumerate(config.channels):
             for _ in range(config.blocks_per_level):
-                down.append(SpaceTimeBlock(width, features, attention=config.attention[level], **block))
+                attention = config.attention[level]
+                epsilon = 1e-6 if config.family == "svd" and attention else 1e-5
+                down.append(SpaceTimeBlock(config, width, features, level=level, attention=attention, epsilon=epsilon))
                 width = features
                 skips.append(width)
             if level < len(config.channels) - 1:
@@ -125,19 +62,29 @@ class VideoUNet(nnx.Module):
                 skips.append(width)
         self.down, self.downsamplers = nnx.List(down), nnx.List(downsamplers)
 
-        self.mid = SpaceTimeBlock(width, width, attention=config.attention[-1], **block)
-        self.mid_out = ResBlock(
-            width, width, config.embedding_features, norm_groups=config.norm_groups, dtype=dtype
-        )  # fmt: skip
+        middle: dict[str, Any] = dict(level=len(config.channels) - 1)
+        attention = config.attention[-1] if native else True
+        self.mid = SpaceTimeBlock(config, width, width, attention=attention, motion=config.motion_mid, **middle)
+        if native:
+            self.mid_out = ResBlock(
+                width, width, config.embedding_features, norm_groups=config.norm_groups, dtype=dtype
+            )  # fmt: skip
+        else:
+            self.mid_out = SpaceTimeBlock(config, width, width, attention=False, motion=False, **middle)
 
         up, upsamplers = [], []
+        epsilon = 1e-6 if config.family == "svd" else 1e-5
         for level, features in reversed(list(enumerate(config.channels))):
             for _ in range(config.blocks_per_level + 1):
-                up.append(SpaceTimeBlock(width + skips.pop(), features, attention=config.attention[level], **block))
+                wide = width + skips.pop()
+                attention = config.attention[level]
+                up.append(SpaceTimeBlock(config, wide, features, level=level, attention=attention, epsilon=epsilon))
                 width = features
-            if level > 0:  # narrow before the wide grid: the convolution there is the dearest of the level
-                upsamplers.append(Upsample(width, config.channels[level - 1], dtype=dtype))
-                width = config.channels[level - 1]
+            if level > 0:
+                # Ours narrows before the wide grid: the convolution there is the dearest of the level.
+                narrow = config.channels[level - 1] if native else width
+                upsamplers.append(Upsample(width, narrow, dtype=dtype))
+                width = narrow
         self.up, self.upsamplers = nnx.List(up), nnx.List(upsamplers)
 
         self.norm_out = GroupNorm(width, groups=config.norm_groups, scope="frame", epsilon=1e-5, dtype=dtype)
@@ -154,21 +101,14 @@ class VideoUNet(nnx.Module):
                 f"latents are {z.shape[2]}x{z.shape[3]}, but {len(config.channels)} levels need multiples "
                 f"of {block_size}"
             )
-        level = known_mask * context_logsnr[:, :, None, None, None] / 10.0
-        # A frame known in all its tokens is at its context level, whatever the level of the others.
-        whole = known_mask.min(axis=(2, 3, 4)) > 0.5
-        embedding = self.embedding(jnp.where(whole, context_logsnr, logsnr), cond)
-        inputs = [z, known_mask, level]
-        if config.coordinates:
-            where = coordinate_embedding(z.shape[2], z.shape[3])
-            inputs.append(jnp.broadcast_to(where[None, None], (*z.shape[:-1], where.shape[-1])))
-        if self.layout is not None:
-            inputs.append(self.layout(cond, z.shape))
         near = None
-        if config.nearest_known:
-            near = nearest_known(jnp.concatenate([z, level], axis=-1), known_mask, cond.times)
-            inputs.append(near)
-        x = self.conv_in(jnp.concatenate(inputs, axis=-1))
+        if config.reads_timesteps:
+            inputs, embedding, cond = self._public_inputs(z, logsnr, cond)
+        else:
+            inputs, embedding, near = self._native_inputs(z, logsnr, known_mask, context_logsnr, cond)
+        x = self.conv_in(inputs)
+        if self.transformer_in is not None:
+            x = self.transformer_in(x, cond.times)
 
         skips = [x]
         down, downsamplers = iter(self.down), iter(self.downsamplers)
@@ -181,7 +121,7 @@ class VideoUNet(nnx.Module):
                 skips.append(x)
 
         x = self._run(self.mid, x, embedding, cond)
-        x = self.mid_out(x, embedding)
+        x = self.mid_out(x, embedding) if isinstance(self.mid_out, ResBlock) else self.mid_out(x, embedding, cond)
 
         up, upsamplers = iter(self.up), iter(self.upsamplers)
         for level_index in reversed(range(len(config.channels))):
@@ -192,11 +132,66 @@ class VideoUNet(nnx.Module):
         x = self.conv_out(jax.nn.silu(self.norm_out(x))).astype(jnp.float32)
         return x if self.linear_path is None else x + self.linear_path(embedding, z, near)
 
+    def _native_inputs(
+        self, z: Latents, logsnr: LogSNR, known_mask: KnownMask, context_logsnr: LogSNR, cond: Conditioning
+    ) -> tuple[Array, Array, Array | None]:
+        """Input channels `[b f h w i]`, embedding `[b f e]`, and what `nearest_known` found."""
+        level = known_mask * context_logsnr[:, :, None, None, None] / 10.0
+        # A frame known in all its tokens is at its context level, whatever the level of the others.
+        whole = known_mask.min(axis=(2, 3, 4)) > 0.5
+        embedding = self.embedding(jnp.where(whole, context_logsnr, logsnr), cond)
+        inputs = [z, known_mask, level]
+        if self.config.coordinates:
+            where = coordinate_embedding(z.shape[2], z.shape[3])
+            inputs.append(jnp.broadcast_to(where[None, None], (*z.shape[:-1], where.shape[-1])))
+        if self.layout is not None:
+            inputs.append(self.layout(cond, z.shape))
+        near = None
+        if self.config.nearest_known:
+            near = nearest_known(jnp.concatenate([z, level], axis=-1), known_mask, cond.times)
+            inputs.append(near)
+        return jnp.concatenate(inputs, axis=-1), embedding, near
+
+    def _public_inputs(self, z: Latents, timestep: Array, cond: Conditioning) -> tuple[Array, Array, Conditioning]:
+        """Input channels, embedding, and the conditioning with what the image adds to it."""
+        embedding = self.embedding(timestep, cond)
+        if self.image_context is not None:
+            channels, cond = self.image_context(cond)
+            return jnp.concatenate([z, channels], axis=-1), embedding, cond
+        if not self.config.conditioning_channels:
+            return z, embedding, cond
+        if cond.image_latents is None:
+            raise ValueError("this network animates an image: it needs cond.image_latents")
+        return jnp.concatenate([z, cond.image_latents], axis=-1), embedding, cond
+
     def _run(self, block: SpaceTimeBlock, x: Array, embedding: Array, cond: Conditioning) -> Array:
         if self.config.remat == "none":
             return block(x, embedding, cond)
         policy = jax.checkpoint_policies.dots_saveable if self.config.remat == "dots" else None
         return jax.checkpoint(lambda b, *args: b(*args), policy=policy)(block, x, embedding, cond)
+
+
+def _transformer_in(config: UNetConfig) -> MotionTransformer:
+    """Eight heads of the common size, whatever the width of the first level."""
+    return MotionTransformer(
+        config.channels[0],
+        heads=8,
+        head_dim=config.head_dim,
+        norm_groups=config.norm_groups,
+        implementation=config.attention_implementation,
+        dtype=jnp.dtype(config.dtype),
+    )
+
+
+def _input_channels(config: UNetConfig) -> int:
+    if config.family == "i2vgen":
+        return 2 * config.latent_channels
+    if config.reads_timesteps:
+        return config.latent_channels + config.conditioning_channels
+    inputs = config.latent_channels + 2
+    inputs += COORDINATE_FEATURES if config.coordinates else 0
+    inputs += config.layout_features if config.text_features else 0
+    return inputs + (config.latent_channels + 2 if config.nearest_known else 0)
 
 
 class LinearPath(nnx.Module):
@@ -238,78 +233,3 @@ def nearest_known(tokens: Array, known_mask: KnownMask, times: Array) -> Array:
     nearness = 1.0 / (1.0 + jnp.abs(times - jnp.take_along_axis(times, source, axis=1)))
     found = jnp.concatenate([jnp.take_along_axis(tokens, source[..., None], axis=1), nearness[..., None]], axis=-1)
     return jnp.where(known.any(axis=1)[:, None, ..., None], found, 0.0)
-
-
-TIME_FEATURES = 64
-
-
-def time_embedding(times: Array) -> Array:
-    """`[b f] -> [b f 3 * 64]`: sinusoids of the time from the middle of the window and of the gaps to both neighbours.
-
-    Shifting a clip in time changes nothing. A single frame has gaps of zero.
-    """
-    times = times.astype(jnp.float32)
-    gaps = jnp.diff(times, axis=1)
-    first, last = (gaps[:, :1], gaps[:, -1:]) if times.shape[1] > 1 else (jnp.zeros_like(times),) * 2
-    stamps = jnp.stack(
-        [
-            times - times.mean(axis=1, keepdims=True),
-            jnp.concatenate([first, gaps], axis=1),
-            jnp.concatenate([gaps, last], axis=1),
-        ],
-        axis=-1,
-    )
-    return sinusoidal_embedding(stamps, TIME_FEATURES, max_period=200.0).reshape(*times.shape, -1)
-
-
-def pool_text(text: Array, text_mask: Array | None) -> Array:
-    """`[b n d] -> [b d]`: sum over the tokens by the root of their number, so one word is not lost in a long prompt."""
-    mask = jnp.ones(text.shape[:2]) if text_mask is None else text_mask.astype(jnp.float32)
-    return (text * mask[..., None]).sum(1) / jnp.sqrt(jnp.maximum(mask.sum(1, keepdims=True), 1.0))
-
-
-class FrameEmbedding(nnx.Module):
-    """`[b f e]`: noise level, time stamp, gaps to the neighbour frames, pooled prompt.
-
-    The level enters as `u = 2/pi atan(exp(-logsnr/2))` in [0, 1] (the angle of the VP process), times 1000.
-    """
-
-    def __init__(self, config: UNetConfig):
-        features, hidden = 64, config.embedding_features
-        self.level = Dense(features, hidden)
-        self.time = Dense(3 * TIME_FEATURES, hidden)
-        self.text = Dense(config.text_features, hidden) if config.text_features else None
-        self.hidden = Dense(hidden, hidden)
-        self.features = features
-
-    def __call__(self, logsnr: LogSNR, cond: Conditioning) -> Array:
-        angle = jnp.arctan(jnp.exp(-0.5 * jnp.clip(logsnr, -40.0, 40.0))) * (2.0 / jnp.pi)
-        hidden = self.level(sinusoidal_embedding(1000.0 * angle, self.features)) + self.time(time_embedding(cond.times))
-        if self.text is not None and cond.text is not None:
-            hidden = hidden + self.text(pool_text(cond.text, cond.text_mask))[:, None]
-        return self.hidden(jax.nn.silu(hidden))
-
-
-class PromptLayout(nnx.Module):
-    """`[b f h w r]`: what the prompt says about where things are when, as input channels.
-
-        layout_r(t, y, x) = prompt_r * time_r(t) * place_r(y, x)
-
-    "Moving left" means right of the middle early and left of it late. Prompt, time and place say nothing about that
-    one by one or two by two, so a network that is given them one by one starts without a slope towards their product:
-    ours saw 93 thousand clips and never followed a direction. Given products to choose from, it does so first of all.
-    """
-
-    def __init__(self, config: UNetConfig):
-        assert config.text_features is not None
-        self.prompt = Dense(config.text_features, config.layout_features)
-        self.time = Dense(3 * TIME_FEATURES, config.layout_features)
-        self.place = Dense(COORDINATE_FEATURES, config.layout_features)
-        self.features = config.layout_features
-
-    def __call__(self, cond: Conditioning, shape: tuple[int, ...]) -> Array:
-        """shape: `(b, f, h, w, ...)` of the latents. Zero without a prompt."""
-        if cond.text is None:
-            return jnp.zeros((*shape[:4], self.features))
-        wanted = self.prompt(pool_text(cond.text, cond.text_mask))[:, None] * self.time(time_embedding(cond.times))
-        return wanted[:, :, None, None] * self.place(coordinate_embedding(shape[2], shape[3]))[None, None]

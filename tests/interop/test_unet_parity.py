@@ -1,0 +1,143 @@
+"""Public UNets give what diffusers gives: block by block, as a whole, and in their gradients.
+
+Golden files: tests/golden/make_unet_golden.py. With torch and diffusers installed (the extra `oracle`) the same is
+compared live, with other weights, widths and sizes.
+"""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden.seeded_weights import seeded_tensor
+from golden.unet_cases import CASES, STRIDES, block_names, inputs, widened
+
+from vdiff_jax.components import make_component
+from vdiff_jax.interop.unet_rules import motion_buffers, unet_rules
+from vdiff_jax.interop.unets import unet_json, unet_settings
+from vdiff_jax.interop.weights import bind
+from vdiff_jax.models.space_time import SpaceTimeBlock
+from vdiff_jax.parallel import path_name
+from vdiff_jax.types import Conditioning
+
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""Each network runs once: what compiles soonest is best."""
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+def ours(case, seed=0):
+    """Component, parameters, and the bindings that tell their names."""
+    component = make_component("unet", unet_settings(case))
+    bindings = bind(unet_rules(component.config), component.abstract)
+    flat = {b.ours: b.leaf.load(seeded_tensor(b.theirs, b.their_shape, seed)) for b in bindings}
+    params = jax.tree_util.tree_map_with_path(lambda path, _: jnp.asarray(flat[path_name(path)]), component.abstract)
+    return component, params, bindings
+
+
+def conditioning(values):
+    batch, frames = values["z"].shape[:2]
+    times = jnp.broadcast_to(jnp.arange(frames, dtype=jnp.float32)[None], (batch, frames))
+    extra = {
+        name: jnp.asarray(values[name]) for name in ("image_latents", "image_embedding", "added") if name in values
+    }
+    return Conditioning(jnp.asarray(values["text"]), None, times, **extra)
+
+
+def predict(component, params, values):
+    shape = values["z"].shape
+    timestep = jnp.full(shape[:2], values["timestep"], jnp.float32)
+    nothing = jnp.zeros((*shape[:4], 1)), jnp.full(shape[:2], 10.0)
+    return component.apply(params, jnp.asarray(values["z"]), timestep, *nothing, conditioning(values))
+
+
+def traced(component, values, names):
+    """A function of the parameters: prediction, and the output of every block by diffusers' name for its end."""
+
+    def run(params):
+        outputs = []
+        call = SpaceTimeBlock.__call__
+
+        def recording(block, x, embedding, cond):
+            outputs.append(call(block, x, embedding, cond))
+            return outputs[-1]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(SpaceTimeBlock, "__call__", recording)
+            prediction = predict(component, params, values)
+        return prediction, dict(zip(names, outputs, strict=True))
+
+    return run
+
+
+def error(value, expected):
+    assert value.shape == expected.shape
+    return np.abs(value - expected).max() / np.abs(expected).max()
+
+
+def compare(case, values, expected, thin, seed=0):
+    """Blocks to 1e-5, the prediction to 1e-4 (it is nearer), gradients of the middle to 5e-4.
+
+    Errors are the largest difference over the largest number of a tensor; gradients of single numbers, a mixing factor
+    say, are sums over all tokens in which much cancels.
+    """
+    component, params, bindings = ours(case, seed)
+    run = traced(component, values, block_names(case))
+
+    def loss(middle, params):
+        prediction, blocks = run({**params, **middle})
+        return jnp.sum(prediction * values["cotangent"]), (prediction, blocks)
+
+    middle = {name: params[name] for name in ("mid", "mid_out")}
+    gradients, (prediction, blocks) = jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICK)(middle, params)
+    assert error(np.asarray(prediction), expected["prediction"]) <= 1e-4
+    for name, block in blocks.items():
+        assert error(thin(f"block/{name}", np.asarray(block)), expected[f"block/{name}"]) <= 1e-5, name
+    flat = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(gradients)}
+    compared = 0
+    for binding in bindings:
+        name = f"gradient/{binding.theirs}"
+        if name in expected:
+            gradient = binding.leaf.save(np.asarray(flat[binding.ours]))
+            assert error(thin(name, gradient), expected[name]) <= 5e-4, name
+            compared += 1
+    assert compared > 15 and len(blocks) == len(block_names(case))
+
+
+def thinned(name, value):
+    kind = name.partition("/")[0]
+    return value if value.ndim == 1 else value.reshape(-1)[:: STRIDES[f"{kind}s"]]
+
+
+@functools.cache
+def golden(family):
+    return dict(np.load(GOLDEN / f"unet_{family}.npz"))
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_blocks_prediction_and_gradients_equal_those_of_diffusers(family):
+    compare(CASES[family], inputs(CASES[family]), golden(family), thinned)
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_every_tensor_of_the_checkpoint_has_its_place(family):
+    component, _, bindings = ours(CASES[family])
+    names = {binding.theirs: list(binding.their_shape) for binding in bindings}
+    buffers = {name: list(value.shape) for name, value in motion_buffers(component.config).items()}
+    assert names | buffers == json.loads(str(golden(family)["shapes"]))
+    assert make_component("unet", unet_settings(unet_json(component.config))).config == component.config
+
+
+@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize("channels", [[32, 64], [64, 96, 128]], ids=["tiny", "medium"])
+def test_live(family, channels):
+    pytest.importorskip("torch")
+    pytest.importorskip("diffusers")
+    from golden.make_unet_golden import oracle
+
+    case = widened(CASES[family], channels)
+    sizes = dict(batch=2, frames=5, height=8, width=12) if len(channels) == 3 else dict(frames=1, height=6, width=2)
+    values = inputs(case, **sizes)
+    compare(case, values, oracle(case, values, seed=1), lambda name, value: value, seed=1)
