@@ -42,6 +42,34 @@ def test_shapes_and_frames_are_coded_alone():
     np.testing.assert_allclose(decode(params, latents[1:, 2:]), video[1:, 2:], atol=1e-5)
 
 
+@pytest.mark.parametrize("changes", [{}, {"patch_size": 2, "linear_path": True}])
+def test_a_temporal_decoder_sees_all_frames_it_is_given(changes):
+    component, params = random_autoencoder(decoder="temporal", use_post_quant_conv=False, **changes)
+    assert not component.config.decodes_frames_alone and "post_quant_conv" not in params
+    decode = jax.jit(lambda p, z: component.apply(p, z, method="decode"))
+    latents = np.random.default_rng(2).normal(size=(2, 5, 2, 3, 3)).astype(np.float32)
+    video = decode(params, latents)
+    factor = component.config.factor
+    assert video.shape == (2, 5, 2 * factor, 3 * factor, 3) and video.dtype == np.float32
+    assert np.abs(decode(params, latents[:, 1:2]) - video[:, 1:2]).max() > 1e-2
+    np.testing.assert_allclose(decode(params, latents[1:]), video[1:], atol=1e-5)  # clips do not see each other
+
+
+def test_a_fresh_temporal_decoder_is_the_frames_decoder_but_for_its_last_convolution():
+    """Temporal halves start as the identity, so an image autoencoder can be the start of a video one."""
+    component = make_component("autoencoder", {**SETTINGS, "decoder": "temporal"})
+    params = component.init(jax.random.key(0))
+    frames, _ = random_autoencoder()
+    middle_tap = np.zeros((3, 3, 3), np.float32)
+    middle_tap[1] = np.eye(3)
+    params["decoder"]["time_conv_out"] = {"kernel": middle_tap, "bias": np.zeros(3, np.float32)}
+    latents = np.random.default_rng(2).normal(size=(1, 3, 2, 3, 3)).astype(np.float32)
+    spatial = {**params, "decoder": {k: v for k, v in params["decoder"].items() if k not in ("mixed", "time_conv_out")}}
+    spatial["decoder"]["mid"] = {k: v for k, v in params["decoder"]["mid"].items() if k != "mixed"}
+    video = component.apply(params, latents, method="decode")
+    np.testing.assert_allclose(video, frames.apply(spatial, latents, method="decode"), atol=1e-5)
+
+
 def test_patches_are_squares_of_pixels():
     """One pixel moves one latent cell's square only as far as the receptive field, and sizes follow the factor."""
     component, params = random_autoencoder(channels=(8, 16), patch_size=4)
@@ -137,3 +165,5 @@ def test_bad_sizes_are_refused():
         component.apply(params, VIDEO[:, :, :15], method="encode_moments")
     with pytest.raises(ValueError, match="latent_mean has 2 values for 3"):
         AutoencoderConfig(**SETTINGS, latent_mean=(0.0, 0.0))
+    with pytest.raises(ValueError, match="decoder='video' is unknown: use one of frames, temporal"):
+        AutoencoderConfig(**SETTINGS, decoder="video")
