@@ -148,7 +148,51 @@ def test_any_number_of_steps_has_as_many_distinct_timesteps(steps):
         assert timesteps.min() >= 0 and timesteps.max() <= 999
 
 
+@pytest.mark.parametrize("placing", ["ddim", "euler", "multistep"])
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+@pytest.mark.parametrize("betas", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_a_level_of_the_table_is_told_as_its_timestep(betas, zero_terminal_snr, placing):
+    table = make_schedule("discrete", betas=betas, zero_terminal_snr=zero_terminal_snr, placing=placing)
+    whole = jnp.arange(1000)
+    told = jax.jit(table.logsnr_to_timestep)(np.asarray(table.table, np.float32))
+    np.testing.assert_allclose(told, whole, atol=0 if placing == "multistep" else 1e-3)
+    if placing == "euler":  # between timesteps, sigma is linear
+        sigma = np.exp(-np.asarray(table.timestep_to_logsnr(jnp.array([10.0, 10.25, 11.0]))) / 2)
+        assert sigma[1] == pytest.approx(0.75 * sigma[0] + 0.25 * sigma[2], rel=1e-5)
+        assert float(table.logsnr_to_timestep(-2 * jnp.log(sigma[1]))) == pytest.approx(10.25, abs=1e-3)
+
+
+def test_the_start_has_the_deviation_of_its_sampler():
+    first = DiscreteTable.from_betas().table[-1]
+    assert make_schedule("cosine").start_std(10) == make_schedule("discrete").start_std(10) == 1.0
+    assert make_schedule("discrete", placing="euler", spacing="leading").start_std(10) == 1.0
+    euler = make_schedule("discrete", placing="euler", spacing="trailing").start_std(10)
+    assert euler == pytest.approx(1 / np.sqrt(1 + np.exp(first)), rel=1e-6)
+    assert make_schedule("discrete", spacing="trailing", placing="multistep").start_std(10) == 1.0
+
+
+def test_continuous_timesteps_are_a_quarter_of_log_sigma():
+    schedule = EDMRho(0.002, 700.0, final="clean")
+    levels = grid(schedule, 25)
+    assert levels.shape == (26,) and levels[-1] == np.inf
+    ends = np.log([700.0, 0.002]) / 4
+    np.testing.assert_allclose(schedule.logsnr_to_timestep(levels[np.array([0, 24])]), ends, rtol=1e-5)
+
+
 def test_mistakes_are_named():
+    for setting, value in (("placing", "dense"), ("sigmas", "even"), ("final", "last")):
+        with pytest.raises(ValueError, match=f"{value!r} is unknown; use one of"):
+            make_schedule("discrete", **{setting: value})
+    with pytest.raises(ValueError, match="sigmas 'karras' need placing 'euler' or 'multistep'"):
+        make_schedule("discrete", sigmas="karras")
+    with pytest.raises(ValueError, match="2 betas are given for num_train_steps 1000"):
+        make_schedule("discrete", betas=[0.1, 0.2])
+    with pytest.raises(ValueError, match="final level 'zero' is unknown"):
+        make_schedule("edm", final="zero")
+    with pytest.raises(ValueError, match="flow shift 0 must be positive"):
+        make_schedule("flow_table", shift=0)
+    with pytest.raises(ValueError, match="steps 0 must be at least 1"):
+        grid(make_schedule("discrete"), 0)
     with pytest.raises(ValueError, match="did you mean 'cosine'"):
         make_schedule("cosin")
     with pytest.raises(ValueError, match=r"'cosine' does not take these settings.*shifft"):

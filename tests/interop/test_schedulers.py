@@ -105,7 +105,8 @@ def test_files_come_back(config):
     ("config", "message"),
     [
         ({}, "_class_name None is not built"),
-        ({"_class_name": "LCMScheduler"}, "'LCMScheduler' is not built.*name one of these"),
+        ({"_class_name": "LCMScheduler"}, "'LCMScheduler' is not built; load the checkpoint"),
+        ({"_class_name": "HeunDiscreteScheduler"}, "'HeunDiscreteScheduler' is not built.*name one of these"),
         ({**DDIM, "thresholding": True}, "thresholding True is not built; use False"),
         ({**DDIM, "prediction_type": "flow"}, "prediction_type 'flow' is not built"),
         ({"_class_name": "DDPMScheduler", "variance_type": "learned_range"}, "variance_type 'learned_range'"),

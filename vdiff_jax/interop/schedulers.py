@@ -20,98 +20,11 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from vdiff_jax.interop.scheduler_fields import FIELDS, SIGMAS, WITHOUT_EFFECT
+
 FILE = "scheduler_config.json"
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-
-_TABLE = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "trained_betas": None,
-    "prediction_type": "epsilon",
-    "steps_offset": 0,
-}
-_CUT = {"clip_sample": True, "clip_sample_range": 1.0, "thresholding": False}
-_SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
-_MULTISTEP = {
-    **_TABLE,
-    **_SIGMAS,
-    "solver_order": 2,
-    "thresholding": False,
-    "lower_order_final": True,
-    "use_flow_sigmas": False,
-    "timestep_spacing": "linspace",
-    "rescale_betas_zero_snr": False,
-    "final_sigmas_type": "zero",
-    "use_dynamic_shifting": False,
-}
-
-_FIELDS: dict[str, dict[str, Any]] = {
-    "DDIMScheduler": {
-        **_TABLE,
-        **_CUT,
-        "set_alpha_to_one": True,
-        "timestep_spacing": "leading",
-        "rescale_betas_zero_snr": False,
-    },
-    "DDPMScheduler": {
-        **_TABLE,
-        **_CUT,
-        "variance_type": "fixed_small",
-        "timestep_spacing": "leading",
-        "rescale_betas_zero_snr": False,
-    },
-    "PNDMScheduler": {**_TABLE, "skip_prk_steps": False, "set_alpha_to_one": False, "timestep_spacing": "leading"},
-    "EulerDiscreteScheduler": {
-        **_TABLE,
-        **_SIGMAS,
-        "interpolation_type": "linear",
-        "sigma_min": None,
-        "sigma_max": None,
-        "timestep_spacing": "linspace",
-        "timestep_type": "discrete",
-        "rescale_betas_zero_snr": False,
-        "final_sigmas_type": "zero",
-    },
-    "EulerAncestralDiscreteScheduler": {**_TABLE, "timestep_spacing": "linspace", "rescale_betas_zero_snr": False},
-    "DPMSolverMultistepScheduler": {
-        **_MULTISTEP,
-        "algorithm_type": "dpmsolver++",
-        "solver_type": "midpoint",
-        "euler_at_final": False,
-        "use_lu_lambdas": False,
-        "lambda_min_clipped": -float("inf"),
-        "variance_type": None,
-    },
-    "UniPCMultistepScheduler": {
-        **_MULTISTEP,
-        "predict_x0": True,
-        "solver_type": "bh2",
-        "disable_corrector": [],
-        "solver_p": None,
-        "sigma_min": None,
-        "sigma_max": None,
-    },
-    "FlowMatchEulerDiscreteScheduler": {
-        **_SIGMAS,
-        "num_train_timesteps": 1000,
-        "shift": 1.0,
-        "use_dynamic_shifting": False,
-        "invert_sigmas": False,
-        "shift_terminal": None,
-        "stochastic_sampling": False,
-    },
-}
-"""The fields of each class that change what it does, with the values they have where a file leaves them out."""
-
-_WITHOUT_EFFECT = {"dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type", "base_shift"} | {
-    "max_shift", "base_image_seq_len", "max_image_seq_len", "original_inference_steps", "timestep_scaling",
-}  # fmt: skip
-"""Fields that only qualify others, which are refused where they are on."""
-
-_SPACED = ("timestep_spacing", "steps_offset")
 
 
 def process_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,18 +38,20 @@ def process_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     Warns of settings whose walk is another one here, and of fields that no known class has.
     """
     name = config.get("_class_name")
-    if name not in _FIELDS:
-        known = ", ".join(_FIELDS)
+    if name == "LCMScheduler":
+        raise _not_built("_class_name", name, "load the checkpoint that its consistency model was distilled from")
+    if name not in FIELDS:
+        known = ", ".join(FIELDS)
         raise ValueError(
             f"{FILE}: _class_name {name!r} is not built; where its betas and prediction_type are right for the "
             f"checkpoint, name one of these instead: {known}."
         )
-    every = set().union(_WITHOUT_EFFECT, *_FIELDS.values())
+    every = set().union(WITHOUT_EFFECT, *FIELDS.values())
     unknown = sorted(key for key in config if key not in every and not key.startswith("_"))
     if unknown:
         _warn(f"unknown fields have no effect: {', '.join(unknown)}")
     # What another class left in the file has no effect on this one, as in the library that wrote it.
-    fields = {key: config[key] if key in config else default for key, default in _FIELDS[name].items()}
+    fields = {key: config[key] if key in config else default for key, default in FIELDS[name].items()}
     if name == "FlowMatchEulerDiscreteScheduler":
         return _flow(fields)
     prediction = fields["prediction_type"]
@@ -257,7 +172,7 @@ def _continuous(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flow(fields: dict[str, Any]) -> dict[str, Any]:
-    off = dict.fromkeys(("use_dynamic_shifting", "invert_sigmas", "stochastic_sampling", *_SIGMAS), False)
+    off = dict.fromkeys(("use_dynamic_shifting", "invert_sigmas", "stochastic_sampling", *SIGMAS), False)
     _refuse(fields, shift_terminal=None, **off)
     settings = {"shift": fields["shift"], "num_train_steps": fields["num_train_timesteps"]}
     return {
@@ -286,7 +201,7 @@ def _warn(message: str) -> None:
 
 # Back ------------------------------------------------------------------------------------------------------------
 
-_CLASSES = {
+_CLASSES: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
     ("ddim", "ddim"): ("DDIMScheduler", {}),
     ("ddim", "ddpm"): ("DDPMScheduler", {}),
     ("ddim", "dpmpp_2m"): ("PNDMScheduler", {"skip_prk_steps": True}),
@@ -335,7 +250,8 @@ def scheduler_json(settings: Any) -> dict[str, Any]:
             f"schedule {schedule!r}{on}, sampler {sampler!r} and prediction {values['prediction']!r} have no public "
             "scheduler together; use schedule 'discrete' with the sampler its timesteps are placed for."
         )
-    return _table_json(*found, prediction, given, values.get("clip_x0"))
+    name, extra = found
+    return _table_json(name, extra, prediction, given, values.get("clip_x0"))
 
 
 def _table_json(
@@ -363,10 +279,10 @@ def _table_json(
         "sigma_max": (given.get("sigma_max"), None),
         **{f"use_{kind}_sigmas": (sigmas == kind, False) for kind in ("karras", "exponential", "beta")},
     }
-    end = "set_alpha_to_one" if "set_alpha_to_one" in _FIELDS[name] else "final_sigmas_type"
+    end = "set_alpha_to_one" if "set_alpha_to_one" in FIELDS[name] else "final_sigmas_type"
     wanted[end] = (not first, True) if end == "set_alpha_to_one" else ("sigma_min" if first else "zero", "zero")
     for key, (value, usual) in wanted.items():
-        if key in _FIELDS[name]:
+        if key in FIELDS[name]:
             written[key] = value
         elif value != usual:
             raise ValueError(f"{name} has no field {key}, which these settings need to be {value!r}.")
