@@ -1,4 +1,4 @@
-"""The text encoder: masks, order, causality, both norm placements."""
+"""The text encoder: masks, order, causality, both norm placements, one vector a prompt."""
 
 import jax
 import numpy as np
@@ -52,3 +52,37 @@ def test_too_long_a_prompt_is_refused():
     apply, params = random_encoder()
     with pytest.raises(ValueError, match="9 tokens, the text encoder's context is 8"):
         apply(params, np.ones((1, 9), np.int32), np.ones((1, 9), bool))
+
+
+def test_padding_can_be_attended_to():
+    apply, params = random_encoder(attend_padding=True)
+    out = np.asarray(apply(params, TOKENS, MASK))
+    np.testing.assert_array_equal(np.asarray(apply(params, TOKENS, np.ones_like(MASK))), out)
+    other = np.where(MASK, TOKENS, 13).astype(np.int32)
+    assert np.abs(np.asarray(apply(params, other, MASK))[MASK] - out[MASK]).max() > 1e-3
+
+
+def test_one_vector_a_prompt_is_the_state_of_its_end():
+    tokens = np.array([[1, 5, 19, 7, 2, 2], [1, 19, 2, 2, 0, 0]], np.int32)
+    _, params = random_encoder(projection=3)
+    for settings, ends in ((dict(), [2, 1]), (dict(pooled_token=2), [4, 2])):  # the largest id, or the first 2
+        component = make_component("text_encoder", {**SETTINGS, **settings, "projection": 3})
+        pooled = component.apply(params, tokens, MASK, method="pooled")
+        states = component.apply(params, tokens, MASK)
+        expected = np.asarray(states)[[0, 1], ends] @ params["projection"]["kernel"]
+        np.testing.assert_allclose(np.asarray(pooled), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_stays_near(dtype):
+    apply, params = random_encoder()
+    half, _ = random_encoder(dtype=dtype)
+    out, near = (np.asarray(f(params, TOKENS, MASK)) for f in (apply, half))
+    assert near.dtype == np.float32 and 0 < np.abs(near - out).max() < 0.1
+
+
+def test_wrong_settings_are_named():
+    with pytest.raises(ValueError, match=r"text_encoder\.activation='silu': choose one of gelu, gelu_tanh"):
+        make_component("text_encoder", dict(activation="silu"))
+    with pytest.raises(ValueError, match=r"text_encoder\.norm='middle': choose pre or post"):
+        make_component("text_encoder", dict(norm="middle"))
