@@ -15,8 +15,8 @@ logging.getLogger("transformers").setLevel(logging.ERROR)
 
 from test_transformers_parity import BLOCK, WHOLE, block_errors, block_gradient, error, load, save  # noqa: E402
 
-from vdiff_jax.interop.clip_pixels import clip_pixels, resize_antialiased  # noqa: E402
 from vdiff_jax.interop.tokenizer import load_tokenizer, save_tokenizer  # noqa: E402
+from vdiff_jax.models.clip_pixels import clip_pixels, resize_antialiased  # noqa: E402
 from vdiff_jax.models.t5_encoder import relative_buckets  # noqa: E402
 
 GOLDEN = Path(__file__).parent.parent / "golden"

@@ -16,7 +16,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from vdiff_jax.components import KINDS, make_component
-from vdiff_jax.interop.clip_pixels import clip_pixels, normalize_pixels, resize_antialiased, resize_matrix
 from vdiff_jax.interop.pretrained import flatten
 from vdiff_jax.interop.transformers import (
     load_image_encoder,
@@ -24,6 +23,7 @@ from vdiff_jax.interop.transformers import (
     save_image_encoder,
     save_text_encoder,
 )
+from vdiff_jax.models.clip_pixels import clip_pixels, normalize_pixels, resize_antialiased, resize_matrix
 from vdiff_jax.models.functional import functional, parameter_count
 from vdiff_jax.models.image_encoder import ImageEncoderConfig
 from vdiff_jax.models.t5_encoder import T5Encoder, T5EncoderConfig

@@ -128,7 +128,7 @@ def _clip_tokenizer(folder: Path, special: Json) -> Any:
 
     vocab = load_json(folder / "vocab.json")
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-    merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+    merges: Any = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
     tokens = {role: _content(token) for role, token in special.items()}
     for role, token in tokens.items():
         if token not in vocab:

@@ -105,7 +105,7 @@ def save_image_encoder(folder: str | Path, component: Component, params: Params,
 
 
 def _model_type(config: Json, known: Sequence[str], what: str, path: Path) -> str:
-    kind = config.get("model_type")
+    kind = config.get("model_type", "")
     if kind not in known:
         raise ValueError(f"{path}: model_type {kind!r} is not {what} encoder that is known here: {', '.join(known)}")
     return kind

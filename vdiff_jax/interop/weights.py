@@ -306,6 +306,8 @@ def check_weights(
     return found
 
 
+STALE = r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
+
 # Writing ----------------------------------------------------------------------------------------------------------
 
 
@@ -332,6 +334,7 @@ def save_weights(
     Returns the file, or the index. Written by temporary names, the index last.
     """
     folder, target = Path(folder), dtype_of(dtype)
+    folder.mkdir(parents=True, exist_ok=True)
     bindings = bind(rules, params)
     leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     shards: list[list[Binding]] = [[]]
@@ -353,9 +356,14 @@ def save_weights(
             tensors |= dict(extra or {})
         write_safetensors(folder / name, tensors, {"format": "pt"})
         placed |= dict.fromkeys(tensors, name)
+    # What an earlier save left would be read in the place of this one.
+    for path in folder.glob(f"{stem}*.safetensors*"):
+        if path.name not in names and re.fullmatch(re.escape(stem) + STALE, path.name):
+            path.unlink()
     if len(shards) == 1:
         return folder / names[0]
     total = sum(int(np.prod(b.our_shape, dtype=np.int64)) for b in bindings) * target.itemsize
+    total += sum(value.nbytes for value in (extra or {}).values())
     index = folder / f"{stem}.safetensors.index.json"
     temporary = index.with_name(f".{index.name}.{os.getpid()}.tmp")
     text = json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}, indent=2)
