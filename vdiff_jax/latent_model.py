@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,16 @@ from vdiff_jax.components import Component
 from vdiff_jax.data.tokenizer import Tokenizer
 from vdiff_jax.data.transforms import to_uint8, to_video
 from vdiff_jax.data.video_io import Clip
-from vdiff_jax.diffusion.schedule import make_schedule
+from vdiff_jax.diffusion.schedule import Schedule, make_schedule
+from vdiff_jax.image_input import ImageInput, without_image
 from vdiff_jax.models.functional import parameter_count
+from vdiff_jax.models.unet_config import UNetConfig
+from vdiff_jax.sampling.clipping import ClipEstimate
 from vdiff_jax.sampling.guidance import Guidance, make_denoise_fn
 from vdiff_jax.sampling.job import nothing_known, text_to_video_job
 from vdiff_jax.sampling.samplers import Sampler, make_sampler, sample
+from vdiff_jax.sampling.timesteps import make_timestep_denoise_fn
+from vdiff_jax.settings import SamplingOptions, Settings
 from vdiff_jax.types import (
     Array,
     Conditioning,
@@ -37,62 +42,26 @@ from vdiff_jax.types import (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What a saved model knows beside its weights: native size and rate, the process it learned, sampling defaults.
-
-    autoencoder_std: root mean square of decode(encode(video)) - video in -1..1; restoration adds it to the noise.
-    """
-
-    size: int = 32
-    fps: float = 8.0
-    num_frames: int = 16
-    prediction: str = "v"
-    schedule: str = "cosine"
-    schedule_settings: dict[str, float] = dataclasses.field(default_factory=dict)
-    noise: str = "gaussian"
-    sampler: str = "dpmpp_2m"
-    steps: int = 25
-    guidance_scale: float = 3.0
-    context_length: int = 24
-    autoencoder_std: float = 0.02
-
-
-class SamplingOptions(TypedDict, total=False):
-    """How to walk from noise to a clip; what is left out or None is the model's own default.
-
-    negative_prompt: what guidance moves away from.
-    steps: denoising steps. sampler: a name in `sampling.SAMPLERS`; eta: its noise, 0..1, None = the sampler's.
-    guidance_scale: 1 = off. guidance_interval: log-SNR range in which it acts. guidance_rescale: 0..1, pulls the
-        guided estimate's standard deviation back to the conditional one (Lin et al. 2024).
-    """
-
-    negative_prompt: str
-    steps: int | None
-    sampler: str | None
-    eta: float | None
-    guidance_scale: float | None
-    guidance_interval: tuple[float, float] | None
-    guidance_rescale: float
-
-
 @dataclasses.dataclass(frozen=True, repr=False)
 class LatentModel:
     """Components by name, their parameters, the tokenizer and the settings.
 
-    components: any of "autoencoder", "text_encoder", "unet"; methods say which they need.
+    components: any of "autoencoder", "text_encoder", "image_encoder", "unet"; methods say which they need.
+    image: the picture that an image-to-video network animates, see `VideoDiffusion.with_image`.
     """
 
     components: dict[str, Component]
     params: dict[str, Params]
     tokenizer: Tokenizer | None
     settings: Settings
+    image: ImageInput | None = None
 
     def __repr__(self) -> str:
         sizes = {name: parameter_count(params) / 1e6 for name, params in self.params.items()}
         parts = ", ".join(f"{name} {size:.2f} M" for name, size in sizes.items())
         frames, size = self.settings.num_frames, self.settings.size
-        return f"{type(self).__name__}({parts}; {frames} frames of {size}x{size})"
+        size = "x".join(map(str, size)) if isinstance(size, tuple) else f"{size}x{size}"
+        return f"{type(self).__name__}({parts}; {frames} frames of {size})"
 
     def encode(self, video: Clip | np.ndarray | Array) -> Latents:
         """A clip, `frames u8 [f h w 3]`, or `video f32 [b f h w 3]` in [-1, 1] -> final latents `[b f h/k w/k c]`.
@@ -102,7 +71,8 @@ class LatentModel:
         return self._encode(self.params["autoencoder"], _as_video(video))
 
     def decode(self, latents: Latents) -> np.ndarray:
-        """Final latents `[b f h w c]` -> frames u8 `[b f h*k w*k 3]`; one frame at a time in memory."""
+        """Final latents `[b f h w c]` -> frames u8 `[b f h*k w*k 3]`; one frame at a time in memory, or a chunk of
+        `settings.decode_chunk_frames` where the decoder mixes frames."""
         return to_uint8(np.asarray(self._decode(self.params["autoencoder"], jnp.asarray(latents))))
 
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[Array, Array]:
@@ -122,9 +92,10 @@ class LatentModel:
         num_frames: int | None = None,
         size: int | tuple[int, int] | None = None,
         stride: float = 1.0,
+        noise: Array | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Latents:
-        """As `generate`, but final latents `[b f h w c]`; `keys [b]`, one per clip."""
+        """As `generate`, but final latents `[b f h w c]`; `keys [b]`, one per clip; `noise` as in `complete`."""
         num_frames = self.settings.num_frames if num_frames is None else num_frames
         if num_frames < 1:
             raise ValueError(f"num_frames={num_frames}: it must be at least 1")
@@ -134,6 +105,7 @@ class LatentModel:
             prompts,
             keys=keys,
             times=stride * jnp.arange(num_frames, dtype=jnp.float32),
+            noise=noise,
             **sampling,
         )
 
@@ -144,6 +116,7 @@ class LatentModel:
         *,
         keys: Array,
         times: Array | None = None,
+        noise: Array | None = None,
         negative_prompt: str = "",
         steps: int | None = None,
         guidance_scale: float | None = None,
@@ -158,6 +131,7 @@ class LatentModel:
             known: context latents `[b f h w c]` and mask, see `sampling.known_frames`.
             prompts: one per clip; None stands for empty ones.
             keys: `[b]`, one per clip. times: time stamps `[f]` or `[b f]`, default 0, 1, 2, ...
+            noise: unit noise `[b f h w c]` to start from, None = drawn from the keys.
         Returns:
             Final latents `[b f h w c]`, equal to `known.latents` where they are known.
         Raises:
@@ -167,10 +141,14 @@ class LatentModel:
         """
         self._unet()
         cond = self.condition(prompts, times, known.latents.shape)
-        job = text_to_video_job(keys, known.latents.shape, self.schedule, self.steps(steps), cond, self.settings.noise)
+        steps = self.steps(steps)
+        job = text_to_video_job(keys, known.latents.shape, self.schedule, steps, cond, self.settings.noise)
         job = dataclasses.replace(job, known=known)
+        if noise is not None:
+            job = dataclasses.replace(job, z=self.schedule.start_std(steps) * jnp.asarray(noise, job.z.dtype))
         wrappers = self.guidance(cond, negative_prompt, guidance_scale, guidance_interval, guidance_rescale)
-        return self.run(sample, job, self.sampler(sampler, eta), keys, wrappers=wrappers)
+        finish = self.schedule.finish
+        return self.run(sample, job, self.sampler(sampler, eta), keys, wrappers=wrappers, finish=finish)
 
     def steps(self, steps: int | None) -> int:
         """The number of denoising steps, the model's own for None. Raises ValueError below 1."""
@@ -196,6 +174,10 @@ class LatentModel:
         if cond.text is None or scale == 1.0:
             return ()
         uncond = self.condition([negative_prompt] * len(cond.text), cond.times, cond.times.shape)
+        uncond = without_image(uncond)
+        first = self.settings.first_guidance_scale
+        if first is not None:
+            scale = jnp.broadcast_to(jnp.linspace(first, scale, cond.times.shape[1])[None], cond.times.shape)
         low, high = (-np.inf, np.inf) if guidance_interval is None else guidance_interval
         bounds = jnp.float32(low), jnp.float32(high)
         rescale = jnp.float32(guidance_rescale) if guidance_rescale > 0 else None
@@ -231,8 +213,18 @@ class LatentModel:
             raise ValueError(f"this model holds {parts} and no unet to sample from: give one of the diffusion stage")
         return self.components["unet"]
 
+    @property
+    def unet_config(self) -> UNetConfig:
+        """Shape of the network. Raises ValueError if there is none."""
+        return self._unet().config
+
+    @property
+    def needs_image(self) -> bool:
+        """Whether nothing can be sampled until the model is given a picture (`with_image`)."""
+        return "unet" in self.components and self.unet_config.family in ("svd", "i2vgen") and self.image is None
+
     @functools.cached_property
-    def schedule(self) -> Any:
+    def schedule(self) -> Schedule:
         return make_schedule(self.settings.schedule, **self.settings.schedule_settings)
 
     def condition(self, prompts: Sequence[str] | None, times: Array | None, shape: tuple[int, ...]) -> Conditioning:
@@ -240,21 +232,31 @@ class LatentModel:
         (None = 0, 1, 2, ...). shape: `(b, f, ...)` of the latents."""
         times = jnp.arange(shape[1], dtype=jnp.float32) if times is None else jnp.asarray(times, jnp.float32)
         times = jnp.broadcast_to(times if times.ndim == 2 else times[None], shape[:2])
+        if self.needs_image:
+            raise ValueError("this model animates a picture: use animate, or with_image before other verbs")
         if "text_encoder" not in self.components:
             if prompts is not None and any(prompts):
                 warnings.warn("this model has no text encoder: prompts are ignored", stacklevel=3)
-            return Conditioning(None, None, times)
-        return Conditioning(*self.encode_prompts([""] * shape[0] if prompts is None else prompts), times)
+            cond = Conditioning(None, None, times)
+        else:
+            text, mask = self.encode_prompts([""] * shape[0] if prompts is None else prompts)
+            cond = Conditioning(text, None if self.settings.attend_padding else mask, times)
+        return cond if self.image is None else self.image.condition(cond)
 
     @functools.cached_property
     def _run(self) -> Callable[..., Any]:
-        unet, kind = self.components["unet"], self.settings.prediction
-        decode = self.components["autoencoder"].apply if "autoencoder" in self.components else None
+        unet, kind, limit = self.components["unet"], self.settings.prediction, self.settings.clip_x0
+        schedule = self.schedule
 
         def run(program, static, params, args, wrappers):
-            denoise_fn = make_denoise_fn(unet.apply, params["unet"], kind)
-            decode_fn = None if decode is None else functools.partial(_decode_frames, decode, params["autoencoder"])
-            for wrapper in wrappers:
+            if unet.config.reads_timesteps:
+                denoise_fn = make_timestep_denoise_fn(unet.apply, params["unet"], kind, schedule)
+            else:
+                denoise_fn = make_denoise_fn(unet.apply, params["unet"], kind)
+            decode_fn = None
+            if "autoencoder" in params:
+                decode_fn = functools.partial(self._decode_traced, params["autoencoder"])
+            for wrapper in wrappers if limit is None else (*wrappers, ClipEstimate(limit)):
                 denoise_fn = wrapper.wrap(denoise_fn, decode_fn)
             return program(denoise_fn, *args, **dict(static))
 
@@ -270,14 +272,23 @@ class LatentModel:
 
     @functools.cached_property
     def _decode(self) -> Callable[..., Array]:
-        return jax.jit(functools.partial(_decode_frames, self.components["autoencoder"].apply))
+        return jax.jit(self._decode_traced)
+
+    @functools.cached_property
+    def _decode_traced(self) -> Callable[[Params, Latents], Video]:
+        """`(params, latents) -> video`, to be called inside a jit."""
+        component = self.components["autoencoder"]
+        if component.config.decodes_frames_alone:
+            return functools.partial(_decode_frames, component.apply)
+        return functools.partial(_decode_chunks, component.apply, self.settings.decode_chunk_frames)
 
     def latent_size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
         """Height and width of the latents of a clip of `size` pixels, the model's own for None.
 
         Raises ValueError for a size that is not a multiple of `size_multiple`.
         """
-        height, width = (size, size) if isinstance(size, int) else size or (self.settings.size, self.settings.size)
+        size = self.settings.size if size is None else size
+        height, width = (size, size) if isinstance(size, int) else size
         multiple = self.size_multiple
         if height % multiple or width % multiple or min(height, width) < multiple:
             raise ValueError(f"size {height}x{width} does not fit this model: use multiples of {multiple}")
@@ -303,6 +314,13 @@ def _decode_frames(apply: Callable[..., Video], params: Params, latents: Latents
     frames = jnp.moveaxis(latents, 1, 0)[:, :, None]
     decode = jax.checkpoint(lambda frame: apply(params, frame, method="decode"))
     return jnp.moveaxis(jax.lax.map(decode, frames)[:, :, 0], 0, 1)
+
+
+def _decode_chunks(apply: Callable[..., Video], chunk: int, params: Params, latents: Latents) -> Video:
+    """The same for a decoder that mixes frames, `chunk` of them at a time (0 = all): each sees only its own."""
+    length = chunk or latents.shape[1]
+    parts = [latents[:, first : first + length] for first in range(0, latents.shape[1], length)]
+    return jnp.concatenate([apply(params, part, method="decode") for part in parts], axis=1)
 
 
 def _as_video(video: Clip | np.ndarray | Array) -> Array:

@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Unpack, overload
+from typing import Any, TypeAlias, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,13 @@ from vdiff_jax import __version__
 from vdiff_jax.components import make_component, make_config
 from vdiff_jax.data.tokenizer import Tokenizer
 from vdiff_jax.data.video_io import Clip
+from vdiff_jax.image_input import read_image
+from vdiff_jax.interop import hub, pipelines, pretrained
 from vdiff_jax.interop import lora as lora_files
-from vdiff_jax.interop import pretrained
 from vdiff_jax.latent_model import LatentModel, SamplingOptions, Settings, estimate
 from vdiff_jax.lora_model import apply_lora
 from vdiff_jax.models.lora import Lora
+from vdiff_jax.parallel import path_name
 from vdiff_jax.types import (
     Array,
     Params,
@@ -38,6 +40,7 @@ from vdiff_jax.verbs import EditingVerbs
 __all__ = ["ASSETS", "SamplingOptions", "Settings", "VideoDiffusion", "estimate", "load"]
 
 ASSETS = Path(__file__).parent / "assets"
+Picture: TypeAlias = np.ndarray | Clip
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -100,6 +103,62 @@ class VideoDiffusion(EditingVerbs, LatentModel):
         ]
         return clips[0] if isinstance(prompt, str) else clips
 
+    def animate(self, image: Picture, prompt: str = "", *, seed: int = 0, **options: Any) -> Clip:
+        """Picture to video with a network made for it (Stable Video Diffusion, I2VGen-XL).
+
+        Args:
+            image: u8 `[h w 3]`, or a clip whose first frame counts; brought to the size of the clip to come.
+            prompt: read by networks that have a text encoder.
+            options: `fps, motion_bucket, noise_augmentation` as in `with_image`; the others are those of `generate`.
+        Raises:
+            ValueError: as `generate`, and for a model that animates no picture.
+        """
+        told = {name: options.pop(name) for name in ("motion_bucket", "noise_augmentation") if name in options}
+        if options.get("fps") is not None:
+            told["fps"] = options["fps"]
+        model = self.with_image(image, size=options.get("size"), seed=seed, **told)
+        return model.generate(prompt, seed=seed, **options)
+
+    def with_image(
+        self,
+        image: Picture,
+        *,
+        size: int | tuple[int, int] | None = None,
+        fps: float | None = None,
+        motion_bucket: float = 127.0,
+        noise_augmentation: float = 0.02,
+        seed: int = 0,
+        noise: Array | None = None,
+    ) -> VideoDiffusion:
+        """The model with the picture it animates: then `generate` and the editing verbs work with it.
+
+        Args:
+            image: u8 `[h w 3]`, or a clip whose first frame counts. size: of the clips to come, as in `generate`.
+            fps: rate that the network is told, default the model's. motion_bucket: 0..255, how much shall move.
+            noise_augmentation: deviation of noise on the picture, 0..1; more lets the clip leave it further behind.
+            noise: that noise in unit variance, `[1 H W 3]`; None draws it from the seed.
+        Raises:
+            ValueError: the model animates no picture, or the picture is none.
+        """
+        frame = image.frames[0] if isinstance(image, Clip) else np.asarray(image)
+        if frame.ndim != 3 or frame.shape[-1] != 3 or frame.dtype != np.uint8:
+            raise ValueError(f"the picture is {frame.dtype} of shape {frame.shape}: give uint8 [height width 3]")
+        height, width = (side * self.components["autoencoder"].config.factor for side in self.latent_size(size))
+        if noise is None:
+            noise = jax.random.normal(jax.random.fold_in(jax.random.key(seed), 1), (1, height, width, 3))
+        read = read_image(
+            self,
+            frame[None],
+            size=(height, width),
+            fps=self.settings.fps if fps is None else fps,
+            motion_bucket=motion_bucket,
+            noise_augmentation=noise_augmentation,
+            noise=noise,
+        )
+        other = copy.copy(self)
+        other.__dict__.update(image=read)
+        return other
+
     def with_params(self, params: dict[str, Params]) -> VideoDiffusion:
         """The same model with some components' parameters replaced; compiled functions are shared, not made again."""
         other = copy.copy(self)
@@ -122,9 +181,22 @@ class VideoDiffusion(EditingVerbs, LatentModel):
         other.__dict__.update(components=components, tokenizer=tokenizer, _lora_base=base)
         return other
 
-    def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:
-        """Write the model folder: safetensors per component, config.json, tokenizer.json. See `interop.pretrained`."""
+    def save_pretrained(self, folder: str | Path, dtype: str = "float32", layout: str | None = None) -> None:
+        """Write the model as a folder.
+
+        layout: "vdiff_jax" (safetensors per component, config.json, tokenizer.json), "diffusers" (a pipeline that
+            diffusers loads), or None: diffusers' where the network is one of its own.
+        Raises ValueError for a network or settings that diffusers does not have.
+        """
         folder = Path(folder)
+        if layout not in (None, "vdiff_jax", "diffusers"):
+            raise ValueError(f"layout={layout!r}: choose 'vdiff_jax' or 'diffusers'")
+        public = "unet" in self.components and self.unet_config.reads_timesteps
+        if layout == "diffusers" or (layout is None and public):
+            self._unet()
+            parts = pipelines.Parts(self.components, self.params, self.tokenizer, self.settings)
+            pipelines.save_pipeline(folder, parts, dtype)
+            return
         folder.mkdir(parents=True, exist_ok=True)
         for name in self.components:
             pretrained.save_tensors(folder / f"{name}.safetensors", self.params[name], dtype)
@@ -147,10 +219,12 @@ class VideoDiffusion(EditingVerbs, LatentModel):
 
     def component_digest(self, name: str) -> str:
         """Short sha256 of one component's configuration and weights; latent caches are tied to the autoencoder's."""
-        pieces = [json.dumps(self.components[name].config_dict(), sort_keys=True).encode()]
-        for key, value in sorted(pretrained.flatten(self.params[name]).items()):
-            pieces += [key.encode(), np.ascontiguousarray(value).tobytes()]
-        return _digest(*pieces)
+        digest = hashlib.sha256(json.dumps(self.components[name].config_dict(), sort_keys=True).encode())
+        leaves = jax.tree_util.tree_leaves_with_path(self.params[name])
+        for key, leaf in sorted((path_name(path), leaf) for path, leaf in leaves):  # on the host one by one
+            digest.update(key.encode())
+            digest.update(np.ascontiguousarray(leaf).tobytes())
+        return digest.hexdigest()[:16]
 
     def provenance(self, **used: Any) -> dict[str, Any]:
         """What every produced file tells of its making; None values are left out."""
@@ -161,13 +235,23 @@ class VideoDiffusion(EditingVerbs, LatentModel):
         return {**made_by, **used}
 
 
-def load(name: str | Path) -> VideoDiffusion:
-    """A model by bundled name ("shapes"), run folder (of train.py) or saved folder. One that holds a low-rank update
-    is loaded with the model it updates.
+def load(name: str | Path, **options: Any) -> VideoDiffusion:
+    """A model by bundled name ("shapes"), run folder (of train.py), saved folder, diffusers pipeline folder, or the
+    name of one on the Hugging Face hub ("owner/name"; needs the extra `hub`). A folder that holds a low-rank update is
+    loaded with the model it updates.
+
+    options: for pipelines of diffusers only, `dtype, variant, motion_adapter, shardings, ...`, see
+        `interop.pipelines.load_pipeline`; and `revision`, `cache_dir` for the hub, see `interop.hub.download`.
 
     Raises FileNotFoundError if there is no such model, ValueError if its files do not fit together.
     """
-    folder = _find(name)
+    folder = _find(name, options)
+    if pipelines.is_pipeline(folder):
+        parts = pipelines.load_pipeline(folder, **options)
+        params = {part: jax.tree.map(jnp.asarray, values) for part, values in parts.params.items()}
+        return VideoDiffusion(parts.components, params, parts.tokenizer, parts.settings)
+    if options:
+        raise ValueError(f"{folder} is no pipeline of diffusers: it takes no {', '.join(sorted(options))}")
     config = pretrained.load_json(folder / "config.json")
     if config.get("format") == lora_files.FORMAT:
         return _load_personal(folder, config)
@@ -198,14 +282,19 @@ def _load_personal(folder: Path, config: dict[str, Any]) -> VideoDiffusion:
     return dataclasses.replace(base, settings=settings).with_lora(folder / lora_files.FILE_NAME)
 
 
-def _find(name: str | Path) -> Path:
+def _find(name: str | Path, options: dict[str, Any]) -> Path:
+    """The folder of a model; takes what is for the hub out of `options`."""
+    wanted = {field: options.pop(field) for field in ("revision", "cache_dir") if field in options}
     candidates = [Path(name), Path(name) / "model", ASSETS / str(name)]
     for folder in candidates:
-        if (folder / "config.json").is_file():
+        if (folder / "config.json").is_file() or pipelines.is_pipeline(folder):
             return folder
+    if hub.is_hub_name(name):
+        return hub.download(str(name), variant=options.get("variant"), **wanted)
     bundled = sorted(path.parent.name for path in ASSETS.glob("*/config.json"))
     raise FileNotFoundError(
-        f"no model {str(name)!r}: give a run folder, a saved folder, or a bundled name ({', '.join(bundled) or 'none'})"
+        f"no model {str(name)!r}: give a run folder, a saved folder, a diffusers pipeline, a name on the hub "
+        f"(owner/name), or a bundled name ({', '.join(bundled) or 'none'})"
     )
 
 

@@ -9,7 +9,6 @@ I2VGenXLUNet                       i2vgen        I2VGen-XL
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -302,11 +301,20 @@ def load_unet(
     )
 
 
-def save_unet(folder: str | Path, component: Component, params: Params, dtype: str = "float32") -> None:
-    """Write a UNet folder that diffusers loads. Raises ValueError for a network it does not have."""
+def save_unet(
+    folder: str | Path,
+    component: Component,
+    params: Params,
+    dtype: str = "float32",
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a UNet folder that diffusers loads; extra: fields of config.json that pipelines read, as sample_size.
+
+    Raises ValueError for a network it does not have.
+    """
     folder = Path(folder)
+    config = component.config
+    settings = {**unet_json(config), **(extra or {})}
     folder.mkdir(parents=True, exist_ok=True)
-    config = dataclasses.replace(component.config)
-    settings = unet_json(config)
     save_weights(folder, params, unet_rules(config), dtype=dtype, extra=motion_buffers(config))
     save_json(folder / "config.json", settings)

@@ -47,7 +47,7 @@ def classifier_free(
 
     Args:
         uncond: conditioning of the null (or negative) prompt, same structure and shapes as the job's.
-        guidance_scale: scalar or `[b]`; 1 is off and returns the conditional estimate exactly.
+        guidance_scale: scalar, `[b]` or `[b f]`; 1 is off and returns the conditional estimate exactly.
         interval: (low, high) log-SNR between which guidance acts; outside it is off (Kynkaanniemi et al. 2024).
         rescale: 0..1, how far the deviation of the estimate over a clip's unknown tokens is pulled back to the
             conditional one (Lin et al. 2024, there for v); tames saturation at large scales.
@@ -67,7 +67,7 @@ def classifier_free(
         )
         conditional, unconditional = jnp.split(both, 2)
         scale = jnp.asarray(guidance_scale, z.dtype)
-        excess = jnp.broadcast_to((scale - 1) if scale.ndim == 0 else (scale - 1)[:, None], logsnr.shape)
+        excess = jnp.broadcast_to((scale - 1)[:, None] if scale.ndim == 1 else scale - 1, logsnr.shape)
         if interval is not None:
             low, high = interval
             excess = jnp.where((logsnr >= low) & (logsnr <= high), excess, 0.0)
@@ -84,8 +84,8 @@ def classifier_free(
 class Guidance:
     """`classifier_free` as a `DenoiserWrapper`; arguments as there.
 
-    uncond: conditioning of the null (or negative) prompt. guidance_scale: scalar or `[b]`. low, high: log-SNR between
-    which guidance acts. rescale: 0..1, or None to leave its arithmetic out.
+    uncond: conditioning of the null (or negative) prompt. guidance_scale: scalar, `[b]` or `[b f]`. low, high: log-SNR
+    between which guidance acts. rescale: 0..1, or None to leave its arithmetic out.
     """
 
     uncond: Any
