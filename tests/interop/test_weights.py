@@ -8,6 +8,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from vdiff_jax.interop.weights import bind, load_params, nested, open_weights, refuse_pickle, save_weights
@@ -246,3 +247,14 @@ def test_a_table_that_names_a_parameter_twice_or_never_is_wrong():
     for rules in ([*RULES, ("other", "mixer", "tensor")], RULES[1:]):
         with pytest.raises(ValueError, match="the rule table names these parameters not exactly once: mixer"):
             bind(rules, ABSTRACT)
+
+
+def test_a_tensor_changed_in_place_is_found_in_files_of_ours(tmp_path):
+    """A transposed square matrix has the right name and shape: only a checksum tells."""
+    square = {"layer": {"kernel": np.arange(9, dtype=np.float32).reshape(3, 3)}}
+    path = save_weights(tmp_path, square, [("layer", "layer", "dense")])
+    with safe_open(path, "numpy") as file:
+        metadata, tensor = file.metadata(), file.get_tensor("layer.weight")
+    save_file({"layer.weight": np.ascontiguousarray(tensor.T)}, path, metadata=metadata)
+    with pytest.raises(ValueError, match=r"layer\.weight is not the tensor that was saved: its checksum is"):
+        load_params(open_weights(tmp_path), [("layer", "layer", "dense")], jax.eval_shape(lambda: square))

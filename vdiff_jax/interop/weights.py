@@ -12,9 +12,11 @@ with both shapes, and refused.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,8 +133,25 @@ class Weights(Mapping[str, tuple[int, ...]]):
         return len(self.shapes)
 
     def read(self, name: str) -> np.ndarray:
+        """The tensor as it is stored. Raises ValueError if the file has a checksum of it and it is another."""
         with safe_open(self.files[name], "numpy") as file:
-            return file.get_tensor(name)
+            tensor = file.get_tensor(name)
+        wanted = self.checksums.get(name)
+        if wanted is not None and checksum(tensor) != wanted:
+            raise ValueError(
+                f"{self.files[name]}: {name} is not the tensor that was saved: its checksum is {checksum(tensor)}, the "
+                f"file says {wanted}; get the file anew"
+            )
+        return tensor
+
+    @functools.cached_property
+    def checksums(self) -> dict[str, str]:
+        """What the files say of their tensors; only those that `save_weights` wrote say anything."""
+        found: dict[str, str] = {}
+        for path in sorted(set(self.files.values())):
+            with safe_open(path, "numpy") as file:
+                found |= json.loads((file.metadata() or {}).get(CHECKSUMS, "{}"))
+        return found
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -306,6 +325,15 @@ def check_weights(
     return found
 
 
+CHECKSUMS = "crc32"
+"""In the metadata of files that we write: the checksum of every tensor. A square matrix that was transposed, or any
+other change that keeps the shape, cannot be told otherwise."""
+
+
+def checksum(tensor: np.ndarray) -> str:
+    return f"{zlib.crc32(np.ascontiguousarray(tensor).view(np.uint8).reshape(-1)):08x}"
+
+
 STALE = r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
 
 # Writing ----------------------------------------------------------------------------------------------------------
@@ -354,7 +382,8 @@ def save_weights(
         tensors = {b.theirs: b.leaf.save(np.asarray(leaves[b.ours])).astype(target) for b in shard}
         if name == names[0]:
             tensors |= dict(extra or {})
-        write_safetensors(folder / name, tensors, {"format": "pt"})
+        sums = json.dumps({key: checksum(value) for key, value in tensors.items()})
+        write_safetensors(folder / name, tensors, {"format": "pt", CHECKSUMS: sums})
         placed |= dict.fromkeys(tensors, name)
     # What an earlier save left would be read in the place of this one.
     for path in folder.glob(f"{stem}*.safetensors*"):
