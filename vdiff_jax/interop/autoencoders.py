@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from vdiff_jax.components import Component, make_component
 from vdiff_jax.interop.pretrained import load_json, save_json
-from vdiff_jax.interop.weights import Rule, load_params, nested, open_weights, save_weights
+from vdiff_jax.interop.weights import Reading, Rule, load_params, nested, open_weights, save_weights
 from vdiff_jax.models.autoencoder import AutoencoderConfig
 from vdiff_jax.types import Params
 
@@ -241,20 +241,20 @@ def _residual(theirs: str, ours: str, index: int, temporal: bool) -> list[Rule]:
 
 
 def load_autoencoder(
-    folder: str | Path, dtype: str | None = None, shardings: Any = None, variant: str | None = None
+    folder: str | Path, dtype: str | None = None, variant: str | None = None, **reading: Unpack[Reading]
 ) -> tuple[Component, Params]:
     """The component and parameters in a diffusers folder (`vae/` of a pipeline).
 
     dtype: of the parameters and of the computation, None = float32. A checkpoint with force_upcast computes in float32
         where float16 is asked for.
-    shardings, variant: see `load_params` and `open_weights`.
+    variant, reading: see `open_weights` and `Reading`.
     Raises ValueError or FileNotFoundError for what is missing, does not fit or cannot be built.
     """
     settings = autoencoder_settings(load_json(Path(folder) / "config.json"))
     component = make_component("autoencoder", {**settings, "dtype": dtype or "float32"})
     weights = open_weights(folder, variant)
     rules = autoencoder_rules(component.config)
-    params = load_params(weights, rules, component.abstract, renames=OLD_NAMES, dtype=dtype, shardings=shardings)
+    params = load_params(weights, rules, component.abstract, renames=OLD_NAMES, dtype=dtype, **reading)
     return component, params
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from vdiff_jax.components import Component, make_component
 from vdiff_jax.interop.pretrained import load_json, save_json
 from vdiff_jax.interop.unet_rules import motion_buffers, unet_rules
 from vdiff_jax.interop.unets import IGNORED_KEYS, load_unet, unet_settings
-from vdiff_jax.interop.weights import Weights, load_params, open_weights, save_weights
+from vdiff_jax.interop.weights import Reading, Weights, load_params, open_weights, save_weights
 from vdiff_jax.types import Params
 
 ORIGINAL_NAMES: tuple[tuple[str, str], ...] = (
@@ -87,8 +87,7 @@ def load_animated(
     dtype: str | None = None,
     *,
     variant: str | None = None,
-    shardings: Callable[[Params], Any] | None = None,
-    on_tensor: Callable[[str], None] | None = None,
+    reading: Reading | None = None,
     **overrides: Any,
 ) -> tuple[Component, Params]:
     """An image UNet with motion modules.
@@ -105,9 +104,8 @@ def load_animated(
     source = unet_folder / "config.json"
     settings = unet_settings(load_json(source), str(source))
     has_adapter = adapter is not None and Path(adapter).exists()
-    common: dict[str, Any] = dict(variant=variant, shardings=shardings, on_tensor=on_tensor)
     if settings["family"] == "animatediff" and not has_adapter:
-        return load_unet(unet_folder, dtype, **common, **overrides)
+        return load_unet(unet_folder, dtype, variant, reading=reading, **overrides)
     if settings["family"] not in ("image", "animatediff"):
         raise ValueError(f"{source}: a motion adapter needs a UNet2DConditionModel or a UNetMotionModel")
     motion: dict[str, Any] = {}
@@ -116,20 +114,15 @@ def load_animated(
         motion, weights = _open_adapter(Path(str(adapter)), variant)
     component = make_component("unet", {**settings, "family": "animatediff", **motion, **overrides})
     still, moving = split_motion(component.abstract)
-    shard = (lambda tree: None) if shardings is None else shardings
-    load: dict[str, Any] = dict(dtype=dtype, on_tensor=on_tensor)
+    load: dict[str, Any] = dict(dtype=dtype, **(reading or {}))
     rules = unet_rules(component.config)
     image_ignore = (*IGNORED_KEYS, r".*\.motion_modules\..*")
-    image = load_params(
-        open_weights(unet_folder, variant), rules, still, ignore=image_ignore, shardings=shard(still), **load
-    )
+    image = load_params(open_weights(unet_folder, variant), rules, still, ignore=image_ignore, **load)
     if weights is None:
         fresh = _cut(component.init(jax.random.key(0)), moving)
         return component, combine(image, fresh)
     ignore = (*IGNORED_KEYS, r".*pos_encoder\.pe")
-    modules = load_params(
-        weights, rules, moving, renames=ORIGINAL_NAMES, ignore=ignore, shardings=shard(moving), **load
-    )
+    modules = load_params(weights, rules, moving, renames=ORIGINAL_NAMES, ignore=ignore, **load)
     return component, combine(image, modules)
 
 

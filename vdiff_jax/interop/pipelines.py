@@ -11,8 +11,6 @@ The parts are `(components, params, tokenizer, settings)`; `pipeline.load` makes
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,12 +31,12 @@ from vdiff_jax.interop.transformers import (
     save_text_encoder,
 )
 from vdiff_jax.interop.unets import load_unet, save_unet
+from vdiff_jax.interop.weights import Binding, Reading
 from vdiff_jax.models.clip_pixels import CLIP_MEAN, CLIP_STD
 from vdiff_jax.settings import Settings
 from vdiff_jax.types import Params
 
 INDEX = "model_index.json"
-Shardings = Callable[[Params], Any]
 SVD_SAMPLE_SIZE, SVD_SIZE = 96, (576, 1024)
 """Stable Video Diffusion's files name a square of 768 pixels; what it was trained on is this."""
 
@@ -86,8 +84,9 @@ def load_pipeline(
     dtype: str | None = None,
     variant: str | None = None,
     motion_adapter: str | Path | None = None,
-    shardings: Shardings | None = None,
+    shardings: Any = None,
     on_tensor: Callable[[str], None] | None = None,
+    plan: dict[str, list[Binding]] | None = None,
     **unet: Any,
 ) -> Parts:
     """A pipeline folder -> the parts of a model.
@@ -95,10 +94,11 @@ def load_pipeline(
     Args:
         dtype: of parameters and computation: "float32" (None), "bfloat16" or "float16".
         variant: "fp16" and the like where the weights' file names have it.
-        motion_adapter: folder of an AnimateDiff motion adapter, which turns a `StableDiffusionPipeline` into a video
-            model, or replaces the one of an `AnimateDiffPipeline`.
-        shardings: from abstract parameters to a tree of shardings: every tensor goes to its devices as it is read.
-        on_tensor: called with the name of each tensor of the UNet that is done.
+        motion_adapter: folder or file of an AnimateDiff motion adapter, which turns a `StableDiffusionPipeline` into a
+            video model, or replaces the one of an `AnimateDiffPipeline`.
+        shardings: from the shapes of parameters to a tree of shardings: every tensor goes to its devices as it is read.
+        on_tensor: called with the name of each tensor that is done.
+        plan: a dry run: no weight is read, parameters are shapes, and the mapping of every part is put here.
         unet: fields of `UNetConfig` that files do not decide: `motion_norm`, `remat`, ...
     Raises:
         ValueError: a pipeline that is not built, or a part that does not fit, by name.
@@ -110,37 +110,43 @@ def load_pipeline(
     if name not in PIPELINES:
         raise ValueError(f"{folder / INDEX} has _class_name={name!r}: the pipelines built are {', '.join(PIPELINES)}")
     family = PIPELINES[name]
-    load: dict[str, Any] = dict(dtype=dtype, variant=variant)
+
+    def reading(part: str) -> Reading:
+        into = None if plan is None else plan.setdefault(part, [])
+        return Reading(shardings=shardings, on_tensor=on_tensor, plan=into)
+
     unet = unet if dtype is None else {"dtype": dtype, **unet}
-    adapter = Path(motion_adapter) if motion_adapter is not None else folder / "motion_adapter"
+    how: dict[str, Any] = dict(dtype=dtype, variant=variant)
     networks: dict[str, tuple[Component, Params]] = {}
     if family == "animatediff" or (family == "image" and motion_adapter is not None):
-        networks["unet"] = load_animated(
-            folder / "unet", adapter, shardings=shardings, on_tensor=on_tensor, **load, **unet
-        )
+        adapter = Path(motion_adapter) if motion_adapter is not None else folder / "motion_adapter"
+        networks["unet"] = load_animated(folder / "unet", adapter, reading=reading("unet"), **how, **unet)
         family = "animatediff"
     else:
-        networks["unet"] = load_unet(folder / "unet", shardings=shardings, on_tensor=on_tensor, **load, **unet)
+        networks["unet"] = load_unet(folder / "unet", reading=reading("unet"), **how, **unet)
     _check_family(folder, name, family, networks["unet"][0])
-    parts = {"autoencoder": ("vae", load_autoencoder), "text_encoder": ("text_encoder", load_text_encoder)}
-    parts["image_encoder"] = ("image_encoder", load_image_encoder)
-    for part, (place, loader) in parts.items():
-        if _present(index, place) and not (place == "image_encoder" and family in ("image", "animatediff")):
-            networks[part] = _sharded(functools.partial(loader, folder / place, **load), shardings)
+    for part, (place, loader) in _PLACES.items():
+        # Image encoders of the others read pictures as prompts (IP-Adapter), which is not built.
+        if _present(index, place) and not (part == "image_encoder" and family not in ("svd", "i2vgen")):
+            networks[part] = loader(folder / place, **how, **reading(part))
     tokenizer = load_tokenizer(folder / "tokenizer") if _present(index, "tokenizer") else None
     components = {part: component for part, (component, _) in networks.items()}
     params = {part: values for part, (_, values) in networks.items()}
     return Parts(components, params, tokenizer, _settings(folder, family, components, tokenizer))
 
 
+_PLACES: dict[str, tuple[str, Callable[..., tuple[Component, Params]]]] = {
+    "autoencoder": ("vae", load_autoencoder),
+    "text_encoder": ("text_encoder", load_text_encoder),
+    "image_encoder": ("image_encoder", load_image_encoder),
+}
+"""Our parts, beside the UNet: their folder and what loads it."""
+
+
 def _present(index: Mapping[str, Any], name: str) -> bool:
     """Whether the pipeline has the part: an entry names its library and class, both null for one left out."""
     entry = index.get(name)
     return isinstance(entry, (list, tuple)) and len(entry) == 2 and entry[1] is not None
-
-
-def _sharded(load: Callable[..., tuple[Component, Params]], shardings: Shardings | None) -> tuple[Component, Params]:
-    return load() if shardings is None else load(shardings=shardings)
 
 
 def _check_family(folder: Path, pipeline: str, family: str, unet: Component) -> None:
@@ -257,8 +263,3 @@ def _preprocessor(image_encoder: Component) -> dict[str, Any]:
         "resample": 3,
         "rescale_factor": 1 / 255,
     }
-
-
-def replaced(parts: Parts, **changes: Any) -> Parts:
-    """The same parts with other settings."""
-    return parts._replace(settings=dataclasses.replace(parts.settings, **changes))

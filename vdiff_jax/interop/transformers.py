@@ -8,13 +8,13 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from vdiff_jax.components import Component, make_component, make_config
 from vdiff_jax.data.tokenizer import Tokenizer
 from vdiff_jax.interop import clip, t5
 from vdiff_jax.interop.pretrained import load_json, save_json
-from vdiff_jax.interop.weights import Rule, Weights, load_params, nested, open_weights, save_weights
+from vdiff_jax.interop.weights import Reading, Rule, Weights, load_params, nested, open_weights, save_weights
 from vdiff_jax.models.functional import functional
 from vdiff_jax.models.t5_encoder import T5Encoder, T5EncoderConfig
 from vdiff_jax.models.text_encoder import TextEncoderConfig
@@ -34,15 +34,14 @@ BERT_IGNORE = (
 
 
 def load_text_encoder(
-    folder: str | Path, dtype: str | None = None, shardings: Any = None, variant: str | None = None
+    folder: str | Path, dtype: str | None = None, variant: str | None = None, **reading: Unpack[Reading]
 ) -> tuple[Component, Params]:
     """A folder's text encoder -> component `text_encoder`, params.
 
     Args:
         folder: has config.json and safetensors weights of a CLIP (its text tower), a BERT or a T5 (its encoder).
         dtype: of the parameters and the matrix products; None = float32.
-        shardings: a tree of shardings like the parameters, see `load_params`; None keeps numpy arrays.
-        variant: "fp16" and the like where the weights' file name has it.
+        variant: "fp16" and the like where the weights' file name has it. reading: see `Reading`.
     Raises:
         FileNotFoundError: for a missing file.
         ValueError: for another architecture, or weights or settings that do not fit, by name.
@@ -66,11 +65,11 @@ def load_text_encoder(
     else:
         component = make_component("text_encoder", _with_dtype(clip.text_settings(config, path), dtype))
         rules, ignore, renames = clip.text_rules(component.config), clip.TEXT_IGNORE, clip.TEXT_RENAMES
-    return component, _load(weights, rules, component, dtype, shardings, renames, ignore)
+    return component, _load(weights, rules, component, dtype, reading, renames, ignore)
 
 
 def load_image_encoder(
-    folder: str | Path, dtype: str | None = None, shardings: Any = None, variant: str | None = None
+    folder: str | Path, dtype: str | None = None, variant: str | None = None, **reading: Unpack[Reading]
 ) -> tuple[Component, Params]:
     """A folder's CLIP image encoder -> component `image_encoder`, params. Arguments, errors: `load_text_encoder`."""
     folder = Path(folder)
@@ -80,7 +79,7 @@ def load_image_encoder(
     component = make_component("image_encoder", _with_dtype(clip.image_settings(config, path), dtype))
     rules = clip.image_rules(component.config)
     weights = open_weights(folder, variant)
-    return component, _load(weights, rules, component, dtype, shardings, clip.IMAGE_RENAMES, clip.IMAGE_IGNORE)
+    return component, _load(weights, rules, component, dtype, reading, clip.IMAGE_RENAMES, clip.IMAGE_IGNORE)
 
 
 def save_text_encoder(folder: str | Path, component: Component, params: Params, dtype: str = "float32") -> None:
@@ -126,13 +125,11 @@ def _load(
     rules: Sequence[Rule],
     component: Component,
     dtype: str | None,
-    shardings: Any,
+    reading: Reading,
     renames: Sequence[tuple[str, str]],
     ignore: Sequence[str],
 ) -> Params:
-    return load_params(
-        weights, rules, component.abstract, renames=renames, ignore=ignore, dtype=dtype, shardings=shardings
-    )
+    return load_params(weights, rules, component.abstract, renames=renames, ignore=ignore, dtype=dtype, **reading)
 
 
 def _save(folder: str | Path, settings: Json, params: Params, rules: Sequence[Rule], dtype: str) -> None:

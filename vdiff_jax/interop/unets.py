@@ -9,14 +9,14 @@ I2VGenXLUNet                       i2vgen        I2VGen-XL
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vdiff_jax.components import Component, make_component
 from vdiff_jax.interop.pretrained import load_json, save_json
 from vdiff_jax.interop.unet_rules import motion_buffers, unet_rules
-from vdiff_jax.interop.weights import load_params, open_weights, save_weights
+from vdiff_jax.interop.weights import Reading, load_params, open_weights, save_weights
 from vdiff_jax.models.unet_config import UNetConfig
 from vdiff_jax.types import Params
 
@@ -172,7 +172,7 @@ def _single(config: Mapping[str, Any], field: str, default: int, source: str) ->
 
 
 def _per_level(value: int | Sequence[int], levels: int) -> tuple[int, ...]:
-    return tuple(value) if isinstance(value, (list, tuple)) else (value,) * levels
+    return (value,) * levels if isinstance(value, int) else tuple(value)
 
 
 def _head_settings(config: Mapping[str, Any], settings: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -274,31 +274,23 @@ def unet_json(config: UNetConfig) -> dict[str, Any]:
 def load_unet(
     folder: str | Path,
     dtype: str | None = None,
-    shardings: Callable[[Params], Any] | None = None,
-    *,
     variant: str | None = None,
-    on_tensor: Callable[[str], None] | None = None,
+    *,
+    reading: Reading | None = None,
     **overrides: Any,
 ) -> tuple[Component, Params]:
     """A UNet folder of diffusers (config.json, *.safetensors) -> component and parameters.
 
-    dtype: of the parameters, None = float32. shardings: from abstract parameters to a tree of shardings; tensors are
-    then sent to their devices one by one. overrides: fields of `UNetConfig` that the file does not decide, such as
-    `dtype`, `remat` or `motion_norm`.
+    dtype: of the parameters, None = float32. variant, reading: see `open_weights` and `Reading`. overrides: fields of
+    `UNetConfig` that the file does not decide, such as `dtype`, `remat` or `motion_norm`.
     Raises FileNotFoundError for a missing file, ValueError for settings or keys that do not fit.
     """
     folder = Path(folder)
     settings = unet_settings(load_json(folder / "config.json"), str(folder / "config.json"))
     component = make_component("unet", settings | overrides)
-    return component, load_params(
-        open_weights(folder, variant),
-        unet_rules(component.config),
-        component.abstract,
-        ignore=IGNORED_KEYS,
-        dtype=dtype,
-        shardings=None if shardings is None else shardings(component.abstract),
-        on_tensor=on_tensor,
-    )
+    weights, rules = open_weights(folder, variant), unet_rules(component.config)
+    how: Reading = reading or {}
+    return component, load_params(weights, rules, component.abstract, ignore=IGNORED_KEYS, dtype=dtype, **how)
 
 
 def save_unet(

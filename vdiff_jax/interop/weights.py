@@ -19,7 +19,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import ml_dtypes
@@ -249,6 +249,20 @@ def _collect(source: Path, files: Sequence[Path]) -> Weights:
     return weights
 
 
+class Reading(TypedDict, total=False):
+    """How weights are read, the same for every network; loaders hand it on to `load_params`.
+
+    shardings: a tree of shardings like the parameters, or a function that makes one from their shapes; each tensor is
+        read, laid out and sent to its devices before the next is read. Left out: numpy arrays.
+    on_tensor: called with our name of each tensor that is done.
+    plan: a dry run: nothing is read, the parameters are shapes, and this list gets a `Binding` for every tensor.
+    """
+
+    shardings: Any
+    on_tensor: Callable[[str], None] | None
+    plan: list[Binding] | None
+
+
 def load_params(
     weights: Weights,
     rules: Sequence[Rule],
@@ -259,6 +273,7 @@ def load_params(
     dtype: str | None = None,
     shardings: Any = None,
     on_tensor: Callable[[str], None] | None = None,
+    plan: list[Binding] | None = None,
 ) -> Params:
     """The tree of `abstract` filled from a checkpoint, one tensor at a time.
 
@@ -266,14 +281,17 @@ def load_params(
         renames: `(pattern, replacement)` applied to every key first, for checkpoints that use older names.
         ignore: patterns of whole keys that are known and not wanted (buffers, heads of another task).
         dtype: of the parameters; None = that of `abstract` (float32).
-        shardings: a tree of shardings like `abstract`; each tensor is read, laid out and sent to its devices before
-            the next is read, and no process holds more than one on the host. None keeps numpy arrays.
-        on_tensor: called with our name of each tensor that is done.
+        shardings, on_tensor, plan: see `Reading`.
     Raises:
         ValueError: listing every key that is unknown, missing or of another shape, with both shapes.
     """
     bindings = bind(rules, abstract)
     found = check_weights(weights, bindings, renames=renames, ignore=ignore)
+    if plan is not None:
+        plan += bindings
+        return abstract
+    if callable(shardings):
+        shardings = shardings(abstract)
     by_name = {binding.ours: binding for binding in bindings}
 
     def load(path: tuple, leaf: Any, sharding: Any = None) -> Any:
@@ -331,7 +349,7 @@ other change that keeps the shape, cannot be told otherwise."""
 
 
 def checksum(tensor: np.ndarray) -> str:
-    return f"{zlib.crc32(np.ascontiguousarray(tensor).view(np.uint8).reshape(-1)):08x}"
+    return f"{zlib.crc32(tensor.tobytes()):08x}"
 
 
 STALE = r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
