@@ -171,10 +171,12 @@ class VideoDiffusion(EditingVerbs, LatentModel):
         """The model with a low-rank update merged in, `scale` times, and the words it brings; may be given several
         in a row. Compiled functions are shared.
 
-        lora: a file or run folder of `train.py`, or what `interop.lora.load_lora` read. Warns if it was made for
-        another base model. Raises FileNotFoundError, or ValueError if the update does not fit or a word is known.
+        lora: a file or run folder of `train.py`; for a public network also a file, a folder or a name on the hub in the
+            format of diffusers, peft, kohya or AnimateDiff; or what `interop.lora.open_lora` read.
+        Warns if it was made for another base model. Raises FileNotFoundError, or ValueError if the update does not fit
+        or a word is known.
         """
-        lora = lora if isinstance(lora, Lora) else lora_files.load_lora(lora)
+        lora = lora if isinstance(lora, Lora) else lora_files.open_lora(lora, self.components)
         base = self.__dict__.get("_lora_base") or {name: self.component_digest(name) for name in self.components}
         components, params, tokenizer = apply_lora((self.components, self.params, self.tokenizer), lora, scale, base)
         other = self.with_params(params)

@@ -1,4 +1,5 @@
-"""Low-rank updates as files: one safetensors file of factors, with what they belong to in its metadata.
+"""Low-rank updates as files: ours, one safetensors file of factors with what they belong to in its metadata; those of
+other libraries are recognised and handed to `interop.public_lora`.
 
     unet.mid.res.film.kernel.a, ....b   the factors of a kernel, by its dotted path
     new_words                           [n d], embeddings of the words that the base model lacks
@@ -10,15 +11,22 @@ base_name (where the base model was found).
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from vdiff_jax.components import Component
+from vdiff_jax.interop import hub
 from vdiff_jax.interop.pretrained import save_tensors
+from vdiff_jax.interop.public_lora import load_public_lora
+from vdiff_jax.interop.weights import open_weights
 from vdiff_jax.models.lora import Lora
+from vdiff_jax.parallel import path_name
 from vdiff_jax.types import Params
 
 FORMAT = "vdiff_jax_lora/1"
@@ -27,7 +35,14 @@ _WORDS = "new_words"
 
 
 def save_lora(path: str | Path, lora: Lora) -> None:
-    """Write an update to one file, by a temporary name."""
+    """Write an update to one file, by a temporary name.
+
+    Raises ValueError for factors of several ranks, as files of other libraries may have them.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(lora.factors)
+    ranks = {len(leaf) for path, leaf in leaves if path_name(path).endswith(".b")}
+    if len(ranks) > 1:
+        raise ValueError(f"the update has ranks {sorted(ranks)}, our format has one: use save_public_lora")
     metadata = {
         "format": FORMAT,
         "rank": str(lora.rank),
@@ -76,12 +91,33 @@ def load_lora(path: str | Path) -> Lora:
     )
 
 
-def _find(path: Path) -> Path:
+def open_lora(source: str | Path, components: Mapping[str, Component]) -> Lora:
+    """Read an update for a model with these components, whoever made it: what the file holds decides.
+
+    source: as in `load_lora` or `load_public_lora`; or a name on the hub, "owner/name".
+    Raises FileNotFoundError, ValueError: as those two.
+    """
+    path = Path(source)
+    if own := _own_file(path):
+        metadata = open_weights(own).metadata
+        return load_lora(own) if metadata.get("format") == FORMAT else load_public_lora(own, components)
+    if hub.is_hub_name(source):
+        path = hub.download(str(source))
+    if path.is_dir() and any(path.rglob("*.safetensors")):
+        return load_public_lora(path, components)
+    return load_lora(path)  # raises
+
+
+def _own_file(path: Path) -> Path | None:
     candidates = [path, path / FILE_NAME, path / "model" / FILE_NAME]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    raise FileNotFoundError(f"{path} is no file of a low-rank update, nor a folder that holds {FILE_NAME}")
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
+def _find(path: Path) -> Path:
+    found = _own_file(path)
+    if found is None:
+        raise FileNotFoundError(f"{path} is no file of a low-rank update, nor a folder that holds {FILE_NAME}")
+    return found
 
 
 def _factors(tensors: dict[str, np.ndarray], rank: int, path: Path) -> Params:

@@ -36,9 +36,10 @@ class Lora:
     """An update and what it belongs to.
 
     factors: tree of factors by component, `{"unet": {...}, "text_encoder": {...}}`. alpha: the update is scaled by
-    `alpha / rank`. targets: the patterns that chose the kernels. new_words: words that the base model's tokenizer
-    lacked; word_rows: their embeddings, `[n d]` f32. base: digest of each component as it was before the update;
-    base_name: where that model was found.
+    `alpha / rank`; updates of other libraries have that in their factors, whose own ranks may differ. targets: the
+    patterns that chose the kernels. new_words: words that the base model's tokenizer lacked; word_rows: their
+    embeddings, `[n d]` f32. base: digest of each component as it was before the update; base_name: where that model was
+    found.
     """
 
     factors: Params
@@ -141,7 +142,8 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
 def _merge(params: Any, lora: Params, scale: float | Array) -> Any:
     if isinstance(params, dict):
         return {**params, **{name: _merge(params[name], branch, scale) for name, branch in lora.items()}}
-    update = scale * (lora["a"] @ lora["b"])
+    # Accelerators would multiply with few bits by default; what is merged for good is worth all of them.
+    update = scale * jnp.matmul(lora["a"], lora["b"], precision="highest")
     return (params + update.reshape(params.shape)).astype(params.dtype)
 
 
