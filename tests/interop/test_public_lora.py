@@ -16,12 +16,15 @@ import pytest
 from golden import lora_cases
 from golden.pipeline_cases import write_pipeline
 from golden.seeded_weights import seeded_tensor
+from golden.unet_cases import CASES as UNETS
 from safetensors.numpy import save_file
 
 import vdiff_jax as vd
+from vdiff_jax.components import make_component
 from vdiff_jax.interop.lora import load_lora, open_lora, save_lora
 from vdiff_jax.interop.lora_names import Layer, layers_by_name
 from vdiff_jax.interop.public_lora import METADATA, load_public_lora, save_public_lora
+from vdiff_jax.interop.unets import unet_settings
 from vdiff_jax.models.lora import Lora, init_lora, lora_targets, merge
 from vdiff_jax.types import Conditioning
 
@@ -249,6 +252,17 @@ def test_ours_goes_there_and_back(base, tmp_path):
     same(open_lora(tmp_path / "own.safetensors", base.components).factors, back.factors)
 
 
+@pytest.mark.parametrize("case", UNETS)
+def test_every_kernel_of_every_public_family_goes_there_and_back(tmp_path, case):
+    component = make_component("unet", unet_settings(UNETS[case]))
+    kernels = lora_targets({"unet": component.abstract}, ["kernel$"])
+    factors = init_lora(jax.random.key(0), {"unet": component.abstract}, 1, kernels)
+    factors = jax.tree.map(lambda leaf: leaf + 0.5, factors)
+    components = {"unet": component}
+    back = load_public_lora(save_public_lora(tmp_path, Lora(factors, 1, 1.0), components), components)
+    same(back.factors, factors)
+
+
 def test_ranks_that_differ_are_padded_where_a_file_has_one(base, tmp_path):
     lora = load_public_lora(write(tmp_path, lora_cases.tensors("peft")), base.components)
     ranks = {leaf.shape[0] for path, leaf in jax.tree_util.tree_leaves_with_path(lora.factors) if path[-1].key == "b"}
@@ -324,6 +338,8 @@ def test_what_is_no_safetensors_file_and_networks_that_are_not_public(base, mode
         save_public_lora(tmp_path, dataclasses.replace(lora, new_words=("rex",)), base.components)
     with pytest.raises(ValueError, match="family 'native', which diffusers does not have"):
         save_public_lora(tmp_path, lora, model.components)
+    with pytest.raises(ValueError, match="the update is empty"):
+        save_public_lora(tmp_path, dataclasses.replace(lora, factors={}), base.components)
     stray = {"unet": {"gate": {"kernel": {"a": np.ones((4, 2)), "b": np.ones((2, 4))}}}}
     with pytest.raises(ValueError, match=r"changes unet\.gate\.kernel, which this model's public layout does not have"):
         save_public_lora(tmp_path, dataclasses.replace(lora, factors=stray), base.components)

@@ -200,8 +200,8 @@ def save_public_lora(path: str | Path, lora: Lora, components: Mapping[str, Comp
         The file. `alpha / rank` is multiplied into the second factor, and all layers get the largest rank, padded with
         zeros: then no reader needs an alpha, and none scales one layer by another's rank.
     Raises:
-        ValueError: an update with new words, which the format has no place for; one that does not fit the components;
-            a network that is not public.
+        ValueError: an update with new words, which the format has no place for; one that is empty or does not fit the
+            components; a network that is not public.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -215,6 +215,8 @@ def save_public_lora(path: str | Path, lora: Lora, components: Mapping[str, Comp
     updates = dict(_updates(lora.factors))
     if unknown := sorted(updates.keys() - layers.keys()):
         raise ValueError(f"the update changes {', '.join(unknown)}, which this model's public layout does not have")
+    if not updates:
+        raise ValueError("the update is empty: it changes no kernel")
     rank = max(len(b) for _, b in updates.values())
     tensors: dict[str, np.ndarray] = {}
     for name, (a, b) in sorted(updates.items()):
