@@ -51,3 +51,11 @@ def model_folder(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny_model")
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def quick_compile():
+    """Compile soonest rather than fastest: for large networks that run once or twice."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -37,6 +37,7 @@ class Session:
     size: pixels the model works at, one number or (height, width); default: as trained.
     window: frames the model sees at a time; default: as it generates. overlap: frames that windows share.
     stride: time between the clip's frames in native frame intervals.
+    An image-to-video model that has no picture yet takes the clip's first frame.
     """
 
     def __init__(
@@ -53,6 +54,8 @@ class Session:
             raise ValueError(f"stride={stride}: it must be above 0")
         if window is not None and window < 1:
             raise ValueError(f"window={window} frames: it must be at least 1")
+        if model.needs_image:
+            model = model.with_image(clip, size=size)
         self.model, self.clip, self.stride = model, clip, stride
         self.latent_size = model.latent_size(size)
         factor = model.components["autoencoder"].config.factor

@@ -34,8 +34,7 @@ def load_unet(folder: str | Path, dtype: str | None = None, *, shardings: Any = 
 
     Raises FileNotFoundError for a missing file, ValueError for a network that is not built or weights that do not fit.
     """
-    compute = {} if dtype is None else {"dtype": dtype}
-    component, params = unets.load_unet(folder, dtype, reading={"shardings": shardings}, **{**compute, **options})
+    component, params = unets.load_unet(folder, dtype, reading={"shardings": shardings}, **options)
 
     def apply(
         params: Params,

@@ -112,7 +112,9 @@ def load_animated(
     weights = None
     if has_adapter:
         motion, weights = _open_adapter(Path(str(adapter)), variant)
-    component = make_component("unet", {**settings, "family": "animatediff", **motion, **overrides})
+    component = make_component(
+        "unet", {**settings, "dtype": dtype or "float32", "family": "animatediff", **motion, **overrides}
+    )
     still, moving = split_motion(component.abstract)
     load: dict[str, Any] = dict(dtype=dtype, **(reading or {}))
     rules = unet_rules(component.config)

@@ -115,7 +115,6 @@ def load_pipeline(
         into = None if plan is None else plan.setdefault(part, [])
         return Reading(shardings=shardings, on_tensor=on_tensor, plan=into)
 
-    unet = unet if dtype is None else {"dtype": dtype, **unet}
     how: dict[str, Any] = dict(dtype=dtype, variant=variant)
     networks: dict[str, tuple[Component, Params]] = {}
     if family == "animatediff" or (family == "image" and motion_adapter is not None):

@@ -281,13 +281,13 @@ def load_unet(
 ) -> tuple[Component, Params]:
     """A UNet folder of diffusers (config.json, *.safetensors) -> component and parameters.
 
-    dtype: of the parameters, None = float32. variant, reading: see `open_weights` and `Reading`. overrides: fields of
-    `UNetConfig` that the file does not decide, such as `dtype`, `remat` or `motion_norm`.
+    dtype: of parameters and computation, None = float32. variant, reading: see `open_weights` and `Reading`.
+    overrides: fields of `UNetConfig` that the file does not decide, such as `remat` or `motion_norm`.
     Raises FileNotFoundError for a missing file, ValueError for settings or keys that do not fit.
     """
     folder = Path(folder)
     settings = unet_settings(load_json(folder / "config.json"), str(folder / "config.json"))
-    component = make_component("unet", settings | overrides)
+    component = make_component("unet", {**settings, "dtype": dtype or "float32", **overrides})
     weights, rules = open_weights(folder, variant), unet_rules(component.config)
     how: Reading = reading or {}
     return component, load_params(weights, rules, component.abstract, ignore=IGNORED_KEYS, dtype=dtype, **how)
