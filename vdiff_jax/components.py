@@ -16,6 +16,7 @@ import jax
 from vdiff_jax.models.autoencoder import AutoencoderConfig, VideoAutoencoder
 from vdiff_jax.models.functional import functional
 from vdiff_jax.models.image_encoder import ImageEncoder, ImageEncoderConfig
+from vdiff_jax.models.t5_encoder import T5Encoder, T5EncoderConfig
 from vdiff_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from vdiff_jax.models.unet import VideoUNet
 from vdiff_jax.models.unet_config import UNetConfig
@@ -27,6 +28,8 @@ KINDS: dict[str, tuple[type, type]] = {
     "image_encoder": (ImageEncoderConfig, ImageEncoder),
     "unet": (UNetConfig, VideoUNet),
 }
+OTHERS: dict[tuple[str, str], tuple[type, type]] = {("text_encoder", "t5"): (T5EncoderConfig, T5Encoder)}
+"""Another network in a part's place, by the `architecture` among its settings."""
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -45,7 +48,9 @@ class Component:
         return jax.eval_shape(self.init, jax.random.key(0))
 
     def config_dict(self) -> dict[str, Any]:
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self.config).items()}
+        settings = {n: list(v) if isinstance(v, tuple) else v for n, v in dataclasses.asdict(self.config).items()}
+        other = [kind for (_, kind), (config_class, _) in OTHERS.items() if isinstance(self.config, config_class)]
+        return settings | ({"architecture": other[0]} if other else {})
 
 
 def make_component(name: str, settings: Mapping[str, Any]) -> Component:
@@ -53,7 +58,11 @@ def make_component(name: str, settings: Mapping[str, Any]) -> Component:
 
     Raises ValueError for an unknown setting, naming the nearest one, or an unknown dtype.
     """
-    config_class, module_class = KINDS[name]
+    settings = dict(settings)
+    architecture = settings.pop("architecture", None)
+    if architecture is not None and (name, architecture) not in OTHERS:
+        raise ValueError(f"model.{name}.architecture={architecture!r} is unknown: leave it out, or choose t5")
+    config_class, module_class = KINDS[name] if architecture is None else OTHERS[name, architecture]
     config = make_config(config_class, settings, f"model.{name}")
     if config.dtype not in DTYPES:
         raise ValueError(f"model.{name}.dtype={config.dtype!r}: choose one of {', '.join(DTYPES)}")

@@ -249,3 +249,11 @@ def test_published_sizes():
         component = make_component(name, {**component.config_dict(), **vars(config)})
         assert abs(parameter_count(component.abstract) / 1e6 - millions) < 0.01
     assert flatten(load(GOLDEN / "tiny_t5")[1])["position_bias"].shape == (8, 3)
+
+
+def test_a_t5_is_built_again_from_its_settings():
+    """As a saved model does it; the part's name alone would make a CLIP."""
+    component, _ = load_text_encoder(GOLDEN / "tiny_t5")
+    assert make_component("text_encoder", json.loads(json.dumps(component.config_dict()))).config == component.config
+    with pytest.raises(ValueError, match="architecture='t6' is unknown"):
+        make_component("text_encoder", {"architecture": "t6"})

@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
-from vdiff_jax.components import Component, make_component, make_config
+from vdiff_jax.components import Component, make_component
 from vdiff_jax.data.tokenizer import Tokenizer
 from vdiff_jax.interop import clip, t5
 from vdiff_jax.interop.pretrained import load_json, save_json
 from vdiff_jax.interop.weights import Reading, Rule, Weights, load_params, nested, open_weights, save_weights
-from vdiff_jax.models.functional import functional
-from vdiff_jax.models.t5_encoder import T5Encoder, T5EncoderConfig
+from vdiff_jax.models.t5_encoder import T5EncoderConfig
 from vdiff_jax.models.text_encoder import TextEncoderConfig
 from vdiff_jax.types import Params
 
@@ -53,7 +52,9 @@ def load_text_encoder(
     weights = open_weights(folder, variant)
     renames: Sequence[tuple[str, str]] = ()
     if kind == "t5":
-        component = _t5_component(t5.settings(config, path), dtype)
+        component = make_component(
+            "text_encoder", _with_dtype(t5.settings(config, path), dtype) | {"architecture": "t5"}
+        )
         rules, ignore = t5.rules(component.config), t5.IGNORE
         if t5.SHARED in weights:
             ignore = (*ignore, t5.OWN.replace(".", r"\."))
@@ -112,12 +113,6 @@ def _model_type(config: Json, known: Sequence[str], what: str, path: Path) -> st
 
 def _with_dtype(settings: Json, dtype: str | None) -> Json:
     return {**settings, "dtype": dtype or "float32"}
-
-
-def _t5_component(settings: Json, dtype: str | None) -> Component:
-    config = make_config(T5EncoderConfig, _with_dtype(settings, dtype), "model.text_encoder")
-    init, apply = functional(lambda: T5Encoder(config))
-    return Component("text_encoder", config, init, apply)
 
 
 def _load(
