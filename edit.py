@@ -20,11 +20,10 @@ import sys
 
 from absl import flags
 
-from vdiff_jax.command import lora_updates, run_script
+from vdiff_jax.command import run_script
+from vdiff_jax.model_flags import open_model, working_size
 
 TASKS = "edit inpaint outpaint camera restore interpolate extend join loop from_ends harmonise stylize anomaly none"
-_MODEL = flags.DEFINE_string("model", "shapes", "Bundled name, run folder or saved folder.")
-_LORA = flags.DEFINE_list("lora", [], "Low-rank updates of the model, path or path:scale, separated by commas.")
 _TASK = flags.DEFINE_enum("task", "edit", TASKS.split(), "What to do.")
 _INPUT = flags.DEFINE_string("input", None, "The video to edit.", required=True)
 _OUT = flags.DEFINE_string("out", "out.mp4", "Output file; its suffix decides the format.")
@@ -54,7 +53,6 @@ _ZOOM = flags.DEFINE_float("zoom", None, "How much closer at the end than at the
 _STEPS = flags.DEFINE_integer("steps", None, "Denoising steps.")
 _GUIDANCE = flags.DEFINE_float("guidance_scale", None, "Guidance; 1 is off.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed.")
-_SIZE = flags.DEFINE_integer("size", None, "Pixels per side at which the model works; default: as trained.")
 _WINDOW = flags.DEFINE_integer("window", None, "Frames the model sees at a time.", lower_bound=2)
 _STRIDE = flags.DEFINE_float("stride", 1.0, "Time between the input's frames in native frame intervals.")
 _START = flags.DEFINE_integer("start", 0, "First frame of the input.", lower_bound=0)
@@ -67,21 +65,17 @@ def main(_: list[str]) -> int:
     from vdiff_jax.data.masks import make_mask
     from vdiff_jax.data.video_io import check_writable, read_video, save_image
     from vdiff_jax.edit_command import before_and_after, run_task
-    from vdiff_jax.pipeline import load
 
     for path in (_OUT.value, _SHEET.value):
         if path:
             check_writable(path)  # before any work is spent
     parse_effects(_THEN.value)
+    size = working_size()
     clip = read_video(_INPUT.value, start=_START.value, num_frames=_LENGTH.value, sound=True)
     mask = make_mask(_MASK.value, clip.frames, _GROW.value) if _MASK.value else None
     result = clip
     if _TASK.value != "none":
-        print(f"loading {_MODEL.value}", file=sys.stderr)
-        model = load(_MODEL.value)
-        for path, scale in lora_updates(_LORA.value):
-            model = model.with_lora(path, scale)
-        editor = model.editor(clip, size=_SIZE.value, window=_WINDOW.value, stride=_STRIDE.value)
+        editor = open_model().editor(clip, size=size, window=_WINDOW.value, stride=_STRIDE.value)
         print(f"{_TASK.value}: {clip.num_frames} frames (the first run compiles first)", file=sys.stderr)
         result = run_task(editor, _TASK.value, flags.FLAGS.flag_values_dict(), mask)
     result = apply_effects(result, _THEN.value) if _THEN.value else result

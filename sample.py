@@ -3,6 +3,8 @@
     python sample.py --model=shapes --prompt="a red circle moving right" --out=out.mp4
     python sample.py --model=runs/mine --prompt="a dog runs" --out=out.webm --num_samples=4 --seed=7
     python sample.py --model=shapes --lora=runs/shapes_lora --prompt="a red star moving up" --out=star.gif
+    python sample.py --model=text-to-video-ms-1.7b --prompt="a panda eats bamboo" --out=panda.mp4
+    python sample.py --model=stable-video-diffusion-img2vid --image=cat.png --dtype=bfloat16 --out=cat.mp4
     python sample.py --model=shapes --num_frames=160 --prompt="a red circle standing still" --out=long.mp4
     python sample.py --num_frames=48 --prompt_at="0:a red ring moving left" --prompt_at="24:a red ring moving right"
 
@@ -19,20 +21,19 @@ from typing import Any
 
 from absl import flags
 
-from vdiff_jax.command import lora_updates, prompts_over_time, run_script
+from vdiff_jax.command import prompts_over_time, run_script
+from vdiff_jax.model_flags import open_model, working_size
 
-_MODEL = flags.DEFINE_string("model", "shapes", "Bundled name, run folder or saved folder.")
-_LORA = flags.DEFINE_list(
-    "lora", [], "Low-rank updates of the model: files or run folders, each with :scale if not 1, separated by commas."
-)
 _PROMPT = flags.DEFINE_string("prompt", "", "What to show.")
+_IMAGE = flags.DEFINE_string("image", None, "The picture that an image-to-video model animates.")
+_MOTION = flags.DEFINE_float("motion_bucket", 127.0, "0..255, how much shall move (--image, Stable Video Diffusion).")
+_AUGMENT = flags.DEFINE_float("noise_augmentation", 0.02, "0..1, how far the clip may leave --image behind (same).")
 _NEGATIVE = flags.DEFINE_string("negative_prompt", "", "What to move away from.")
 _PROMPT_AT = flags.DEFINE_multi_string("prompt_at", [], "FRAME:PROMPT, in force from there on; repeat it.")
 _WINDOW = flags.DEFINE_integer("window", None, "Frames of a window of long clips; default: the model's own.")
 _OUT = flags.DEFINE_string("out", "out.mp4", "Output file; its suffix decides the format.")
 _SHEET = flags.DEFINE_string("sheet", "", "Also write a contact sheet (.png) here.")
 _NUM_FRAMES = flags.DEFINE_integer("num_frames", None, "Frames of the clip; default: as the model was trained.")
-_SIZE = flags.DEFINE_integer("size", None, "Pixels per side; default: as the model was trained.")
 _STEPS = flags.DEFINE_integer("steps", None, "Denoising steps.")
 _GUIDANCE = flags.DEFINE_float("guidance_scale", None, "Guidance; 1 is off.")
 _RESCALE = flags.DEFINE_float("guidance_rescale", 0.0, "0..1, keeps guided contrast near the unguided one.")
@@ -50,8 +51,7 @@ _FPS = flags.DEFINE_float("fps", None, "Frames per second of the file.")
 
 
 def main(_: list[str]) -> int:
-    from vdiff_jax.data.video_io import check_writable, contact_sheet, save_image
-    from vdiff_jax.pipeline import load
+    from vdiff_jax.data.video_io import check_writable, contact_sheet, read_video, save_image
     from vdiff_jax.progress import ProgressTimer
     from vdiff_jax.rollout import RollOut
 
@@ -60,11 +60,12 @@ def main(_: list[str]) -> int:
     if _SHEET.value:
         check_writable(_SHEET.value)
     interval = _guidance_interval(_INTERVAL.value)
-    updates, prompts = lora_updates(_LORA.value), prompts_over_time(_PROMPT_AT.value)
-    print(f"loading {_MODEL.value}", file=sys.stderr)
-    model = load(_MODEL.value)
-    for path, scale in updates:
-        model = model.with_lora(path, scale)
+    prompts, size = prompts_over_time(_PROMPT_AT.value), working_size()
+    picture = read_video(_IMAGE.value, num_frames=1) if _IMAGE.value else None
+    model = open_model()
+    if picture is not None:
+        told: dict[str, Any] = dict(fps=_FPS.value, motion_bucket=_MOTION.value, noise_augmentation=_AUGMENT.value)
+        model = model.with_image(picture, size=size, seed=_SEED.value, **told)
     steps = _STEPS.value or model.settings.steps
     print(f"sampling {_NUM_SAMPLES.value} clip(s), {steps} steps (the first run compiles first)", file=sys.stderr)
     count, progress, shown = _NUM_SAMPLES.value, ProgressTimer("sampled"), []
@@ -77,7 +78,7 @@ def main(_: list[str]) -> int:
         sampler=_SAMPLER.value,
         eta=_ETA.value,
     )
-    form: dict[str, Any] = dict(size=_SIZE.value, seed=_SEED.value, fps=_FPS.value, stride=_STRIDE.value)
+    form: dict[str, Any] = dict(size=size, seed=_SEED.value, fps=_FPS.value, stride=_STRIDE.value)
     num_frames = _NUM_FRAMES.value or model.settings.num_frames
     long = bool(prompts) or num_frames > 2 * model.settings.num_frames
     batch = 1 if long else _BATCH.value

@@ -72,16 +72,16 @@ def traced(component, values, names):
     return run
 
 
-def error(value, expected):
+def error(value, expected, least=0.0):
     assert value.shape == expected.shape
-    return np.abs(value - expected).max() / np.abs(expected).max()
+    return np.abs(value - expected).max() / max(np.abs(expected).max(), least)
 
 
 def compare(case, values, expected, thin, seed=0):
     """Blocks to 1e-5, the prediction to 1e-4 (it is nearer), gradients of the middle to 5e-4.
 
     Errors are the largest difference over the largest number of a tensor; gradients of single numbers, a mixing factor
-    say, are sums over all tokens in which much cancels.
+    say, are sums over all tokens in which much cancels, and some are 0: of temporal attention over a single frame.
     """
     component, params, bindings = ours(case, seed)
     run = traced(component, values, block_names(case))
@@ -96,12 +96,12 @@ def compare(case, values, expected, thin, seed=0):
     for name, block in blocks.items():
         assert error(thin(f"block/{name}", np.asarray(block)), expected[f"block/{name}"]) <= 1e-5, name
     flat = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(gradients)}
-    compared = 0
+    compared, least = 0, 1e-3 * max(np.abs(v).max() for name, v in expected.items() if name.startswith("gradient/"))
     for binding in bindings:
         name = f"gradient/{binding.theirs}"
         if name in expected:
             gradient = binding.leaf.save(np.asarray(flat[binding.ours]))
-            assert error(thin(name, gradient), expected[name]) <= 5e-4, name
+            assert error(thin(name, gradient), expected[name], least) <= 5e-4, name
             compared += 1
     assert compared > 15 and len(blocks) == len(block_names(case))
 
