@@ -11,7 +11,7 @@ TEXTS = ("*.json", "*.txt", "*.model")
 
 def is_hub_name(name: str | Path) -> bool:
     """Whether a name has the form owner/name, and is no path that exists."""
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", str(name))) and not Path(name).exists()
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name))) and not Path(name).exists()
 
 
 def download(name: str, *, variant: str | None = None, revision: str | None = None, cache_dir: Any = None) -> Path:
