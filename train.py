@@ -3,6 +3,8 @@
     python train.py --config=configs/shapes_autoencoder.py --workdir=runs/shapes_autoencoder
     python train.py --config=configs/shapes.py --workdir=runs/shapes
     python train.py --config=configs/folder.py --workdir=runs/mine --config.data.folder=my_clips
+    python train.py --config=configs/finetune.py --workdir=runs/tuned --config.data.folder=my_clips \\
+        --config.init_from=a_diffusers_pipeline
 
 Any setting can be changed on the command line: --config.train.num_steps=2000 --config.optimizer.learning_rate=5e-4.
 Running the same command again resumes from the newest checkpoint. Ctrl-C or SIGTERM stops after a checkpoint.
@@ -60,7 +62,7 @@ def main(_: list[str]) -> int:
 
         # --- state: shapes first, then memory, then the newest checkpoint if there is one
         key = jax.random.key(recipe.seed)
-        state, shardings = init_sharded_state(stage.init, optimizer, key, mesh)
+        state, shardings = init_sharded_state(stage.init, optimizer, key, mesh, start=stage.start)
         checkpoints = Checkpoints(workdir, keep=train.keep_checkpoints)
         if checkpoints.latest_step is not None:
             state, _meta = checkpoints.restore(jax.eval_shape(lambda: state), shardings)

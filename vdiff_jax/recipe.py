@@ -29,8 +29,8 @@ class DataConfig:
 
     source: "shapes" (rendered on the device), "folder" (video files and captions), "tfds" or "synthetic".
     folder: the folder of videos, of a TFDS builder, or empty. split: "train" by default.
-    size: pixels per side. num_frames: frames in a training window. native_fps: the rate at which time stamps count
-        one per frame. batch_size: clips per step over all devices.
+    size: pixels per side, or (height, width) of a folder's clips. num_frames: frames in a training window.
+    native_fps: the rate at which time stamps count one per frame. batch_size: clips per step over all devices.
     strides, stride_weights: distance between the frames of a window, in native frames, and how often.
     context_length: tokens of a prompt; longer ones are cut.
     world, world_frames, world_overrides: which shapes world, its native clip length, and changed fields.
@@ -38,12 +38,14 @@ class DataConfig:
         each with its one caption, as if they were files; 0 = new scenes without end.
     captions_key, video_key: features of a TFDS dataset.
     num_workers: processes that decode; 0 uses threads. latent_cache: folder of encoded clips, or empty.
+
+    With `model.init_from`, a size, num_frames, native_fps or context_length of 0 is that model's own.
     """
 
     source: str = "shapes"
     folder: str = ""
     split: str = "train"
-    size: int = 32
+    size: int | tuple[int, int] = 32
     num_frames: int = 8
     native_fps: float = 8.0
     batch_size: int = 32
@@ -73,6 +75,9 @@ class DiffusionConfig:
     context_prompt_dropout: the same for clips of which something is known: to go on, fill in and repair is often asked
         without any words.
     log_bins: number of log-SNR bins in which the loss is logged.
+
+    With `model.init_from`, an empty schedule, prediction or noise is that model's own, and an empty weighting is the
+    plain squared error of what its network predicts.
     """
 
     schedule: str = "cosine"
@@ -112,8 +117,30 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PictureConfig:
+    """What an image-to-video network (Stable Video Diffusion) is told of a clip's first frame while it is trained.
+
+    motion_bucket: 0..255, how much moves in the clips. noise_mean, noise_std: of the logarithm of the deviation of the
+    noise on the picture's pixels, normal. dropout: share of clips that lose the picture's embedding, as many that lose
+    its latents, and as many that lose both, so that guidance is trained.
+    """
+
+    motion_bucket: float = 127.0
+    noise_mean: float = -3.0
+    noise_std: float = 0.5
+    dropout: float = 0.1
+
+    def __post_init__(self):
+        if not 0 <= 3 * self.dropout <= 1:
+            raise ValueError(f"picture.dropout={self.dropout}: three times as much must lie in 0..1")
+
+
+@dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    """Previews while training, and the defaults of the saved model."""
+    """Previews while training, and the defaults of the saved model.
+
+    With `model.init_from`, an empty sampler, and steps, guidance_scale or num_frames of 0, are that model's own.
+    """
 
     prompts: tuple[str, ...] = ()
     sampler: str = "dpmpp_2m"
@@ -144,8 +171,12 @@ def default_recipe(stage: str = "diffusion") -> Recipe:
     """Every setting with its default, locked.
 
     model.autoencoder_from: a run folder, saved folder or bundled name whose autoencoder is used (diffusion stage).
-    model.init_from: the same for a starting point of all weights; empty = from scratch.
+    model.init_from: the same for a starting point of all weights, or a pipeline of diffusers, a folder or a name on the
+        hub; empty = from scratch. `init_from` is another name of this setting.
+    model.trainable: regular expressions on dotted paths such as `unet.mid.temporal.proj_in.kernel`: only parameters in
+        whose path one is found are trained. Empty = all, but of AnimateDiff and of image models the motion modules.
     model.text: "joint" (small encoder trained with the UNet), "minilm" (pretrained sentence encoder, frozen) or "none".
+        The encoder of a pipeline of diffusers stays, frozen, and this is empty.
     """
     check_stage(stage)
     recipe: Recipe = ConfigDict()
@@ -154,6 +185,8 @@ def default_recipe(stage: str = "diffusion") -> Recipe:
     recipe.model = ConfigDict({name: dataclasses.asdict(KINDS[name][0]()) for name in NETWORKS})
     recipe.model.autoencoder_from = ""
     recipe.model.init_from = ""
+    recipe.init_from = recipe.model.get_ref("init_from")
+    recipe.model.trainable = ()
     recipe.model.text = "joint"
     recipe.data = ConfigDict(dataclasses.asdict(DataConfig()))
     recipe.diffusion = ConfigDict(dataclasses.asdict(DiffusionConfig()))
@@ -162,6 +195,7 @@ def default_recipe(stage: str = "diffusion") -> Recipe:
     recipe.loss = ConfigDict(dataclasses.asdict(AutoencoderLossConfig()))
     recipe.optimizer = ConfigDict(dataclasses.asdict(OptimizerConfig()))
     recipe.train = ConfigDict(dataclasses.asdict(TrainConfig()))
+    recipe.picture = ConfigDict(dataclasses.asdict(PictureConfig()))
     recipe.sample = ConfigDict(dataclasses.asdict(SampleConfig()))
     recipe.parallel = ConfigDict(dict(data=-1, fsdp=1))
     recipe.lock()
@@ -176,6 +210,16 @@ def default_recipe(stage: str = "diffusion") -> Recipe:
     return recipe
 
 
+def finetune_recipe() -> Recipe:
+    """The diffusion stage from another model, which gives everything that the recipe does not set."""
+    recipe = default_recipe("diffusion")
+    recipe.model.text = ""
+    recipe.data.update(size=0, num_frames=0, native_fps=0.0, context_length=0)
+    recipe.diffusion.update(schedule="", prediction="", noise="", weighting="")
+    recipe.sample.update(sampler="", steps=0, guidance_scale=0.0, num_frames=0)
+    return recipe
+
+
 def check_stage(stage: str) -> None:
     """Raises ValueError for a name that is not in `STAGES`."""
     if stage not in STAGES:
@@ -183,17 +227,27 @@ def check_stage(stage: str) -> None:
 
 
 def data_config(recipe: Recipe) -> DataConfig:
-    """Raises ValueError for a value that cannot work."""
-    return checked_data(make_config(DataConfig, recipe.data.to_dict(), "data"))
+    """Raises ValueError for a value that cannot work. With `model.init_from`, 0 may stand for that model's own."""
+    return checked_data(
+        make_config(DataConfig, recipe.data.to_dict(), "data"), may_be_open=bool(recipe.model.init_from)
+    )
 
 
-def checked_data(config: DataConfig) -> DataConfig:
+def checked_data(config: DataConfig, *, may_be_open: bool = False) -> DataConfig:
     """The same, if it can work. Raises ValueError for a value that cannot."""
     if config.source not in SOURCES:
         raise ValueError(f"data.source={config.source!r}: choose one of {', '.join(SOURCES)}")
-    for name in ("size", "num_frames", "batch_size", "context_length"):
-        if getattr(config, name) < 1:
+    sides = (config.size,) if isinstance(config.size, int) else config.size
+    if len(sides) > 1 and config.source == "shapes":
+        raise ValueError(f"data.size={config.size}: the shapes world is square, give one number")
+    values = {"size": min(sides), **{name: getattr(config, name) for name in ("num_frames", "context_length")}}
+    for name, value in values.items():
+        if value < (0 if may_be_open else 1):
             raise ValueError(f"data.{name}={getattr(config, name)}: it must be at least 1")
+    if config.batch_size < 1:
+        raise ValueError(f"data.batch_size={config.batch_size}: it must be at least 1")
+    if config.native_fps < 0 or (config.native_fps == 0 and not may_be_open):
+        raise ValueError(f"data.native_fps={config.native_fps}: it must be above 0")
     if len(config.strides) != len(config.stride_weights):
         raise ValueError("data.strides and data.stride_weights need the same length")
     if config.num_scenes < 0 or (config.num_scenes and config.source != "shapes"):

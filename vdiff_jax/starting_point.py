@@ -2,29 +2,103 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
+from typing import Any
 
 from vdiff_jax.components import Component
+from vdiff_jax.diffusion.timestep_levels import SVD_SIGMAS
+from vdiff_jax.models.lora import DEFAULT_TARGETS
+from vdiff_jax.models.text_encoder import TextEncoderConfig
 from vdiff_jax.pipeline import VideoDiffusion, load
 from vdiff_jax.recipe import DataConfig, Recipe
+from vdiff_jax.training.timestep_objective import PLAIN_WEIGHTING
 
-FREE_FIELDS = ("dtype", "remat", "attention_implementation", "latent_mean", "latent_std")
+COMPUTE_FIELDS = ("dtype", "remat", "attention_implementation")
+"""How a network is computed: the recipe's choice, whoever made the weights."""
+FREE_FIELDS = (*COMPUTE_FIELDS, "latent_mean", "latent_std")
 """Fields that may differ: weights of one compute type or memory policy fit any other, statistics are measured anew."""
 VOCABULARY_FIELDS = ("vocab_size", "context_length")
 """Fields a text encoder takes over from the start, whose words its weights know."""
+INFLATED_FRAMES = 16
+"""Frames of a training window of an image model that becomes a video model, as AnimateDiff was trained."""
+PUBLIC_TARGETS = (r"\.to_(q|k|v|out)\.kernel$",)
+"""Kernels that a low-rank update of a public network changes if nothing else is asked for: those of attention."""
 
 
-def starting_point(recipe: Recipe, data: DataConfig, *networks: Component) -> VideoDiffusion | None:
-    """The model that `model.init_from` names, or None if it names none.
+def load_start(recipe: Recipe) -> VideoDiffusion | None:
+    """The model that `model.init_from` names, or None if it names none. Raises FileNotFoundError without such a one."""
+    return load(recipe.model.init_from) if recipe.model.init_from else None
+
+
+def is_public(start: VideoDiffusion | None) -> bool:
+    """Whether it is a pipeline of diffusers: its network is told timesteps, and taken as it is."""
+    return start is not None and "unet" in start.components and start.unet_config.reads_timesteps
+
+
+def filled(recipe: Recipe, start: VideoDiffusion) -> Recipe:
+    """A copy of the recipe with what it leaves open, an empty name or a 0, taken from the model it starts from."""
+    recipe = recipe.copy_and_resolve_references()
+    own, public = start.settings, is_public(start)
+    image = public and start.unet_config.family == "image"
+    _fill(
+        recipe.data,
+        size=own.size,
+        num_frames=INFLATED_FRAMES if image else own.num_frames,
+        native_fps=own.fps,
+        context_length=own.context_length,
+    )
+    _fill(recipe.diffusion, prediction=own.prediction, noise=own.noise)
+    if not recipe.diffusion.schedule:
+        schedule, settings = _training_schedule(start) if public else (own.schedule, own.schedule_settings)
+        recipe.diffusion.schedule = schedule
+        recipe.diffusion.schedule_settings = {**settings, **recipe.diffusion.schedule_settings.to_dict()}
+    weighting = PLAIN_WEIGHTING.get(recipe.diffusion.prediction, "eps") if public else "sigmoid"
+    _fill(recipe.diffusion, weighting=weighting)
+    num_frames = recipe.data.num_frames if public else own.num_frames
+    _fill(recipe.sample, sampler=own.sampler, steps=own.steps, guidance_scale=own.guidance_scale, num_frames=num_frames)
+    if public and tuple(recipe.lora.targets) == DEFAULT_TARGETS:
+        recipe.lora.targets = PUBLIC_TARGETS
+    if not public and not recipe.model.text:
+        _fill_networks(recipe, start)
+    return recipe
+
+
+def _fill(section: Any, **values: Any) -> None:
+    for name, value in values.items():
+        if not section[name]:
+            with section.ignore_type():  # a size may be one number or two
+                section[name] = value
+
+
+def _training_schedule(start: VideoDiffusion) -> tuple[str, dict[str, Any]]:
+    """Where a public network is trained: at the timesteps of its table, or at the sigmas of Stable Video Diffusion."""
+    if start.settings.schedule != "edm":
+        return start.settings.schedule, start.settings.schedule_settings
+    ends = dict(logsnr_min=start.schedule.logsnr_min, logsnr_max=start.schedule.logsnr_max)
+    return "logit_normal", {**SVD_SIGMAS, **ends}
+
+
+def _fill_networks(recipe: Recipe, start: VideoDiffusion) -> None:
+    """The networks of one of our own models, where the recipe leaves `model.text` open."""
+    if not recipe.model.autoencoder_from:
+        recipe.model.autoencoder_from = recipe.model.init_from
+    for name in ("unet", "text_encoder"):
+        if name in start.components:
+            config = start.components[name].config_dict()
+            recipe.model[name].update({field: config[field] for field in config if field not in COMPUTE_FIELDS})
+    text = start.components.get("text_encoder")
+    recipe.model.text = "none" if text is None else "minilm" if text.config == TextEncoderConfig.minilm() else "joint"
+
+
+def check_start(recipe: Recipe, data: DataConfig, start: VideoDiffusion, *networks: Component) -> None:
+    """Whether the weights of one of our own models fit.
 
     networks: what the recipe trains, or reads prompts with; the model must hold the same ones.
-    Raises FileNotFoundError if there is no such model; ValueError if a network is missing or another one, naming the
-    first field that differs, or if prompts are to be longer than its text encoder knows. Reads no data.
+    Raises ValueError if a network is missing or another one, naming the first field that differs, or if prompts are to
+    be longer than its text encoder knows. Reads no data.
     """
     name = recipe.model.init_from
-    if not name:
-        return None
-    start = load(name)
     for network in networks:
         if network.name not in start.components:
             raise ValueError(f"model.init_from={name} holds no {network.name}: give a model that has one")
@@ -38,7 +112,6 @@ def starting_point(recipe: Recipe, data: DataConfig, *networks: Component) -> Vi
                 f"data.context_length={data.context_length} is more than the {longest} tokens that the text encoder of "
                 f"model.init_from={name} was made for: lower it"
             )
-    return start
 
 
 def _check_same_network(name: str, theirs: Component, ours: Component) -> None:
@@ -68,3 +141,23 @@ def warn_of_another_process(recipe: Recipe, start: VideoDiffusion, autoencoder_d
             f"model.autoencoder_from={recipe.model.autoencoder_from}: its weights have to learn the latents anew",
             stacklevel=2,
         )
+
+
+def check_public_fields(recipe: Recipe, start: VideoDiffusion, free: tuple[str, ...] = ()) -> None:
+    """A public network is taken as it is; a field that a recipe changes from its default must not say otherwise.
+
+    free: fields of the UNet that the recipe decides, beside how it is computed.
+    Raises ValueError, naming the field.
+    """
+    for part, component in start.components.items():
+        if part not in recipe.model:
+            continue
+        theirs, default = dataclasses.asdict(component.config), dataclasses.asdict(type(component.config)())
+        for field, value in recipe.model[part].to_dict().items():
+            value = tuple(value) if isinstance(value, list) else value
+            if field in (*COMPUTE_FIELDS, *free) or value in (default[field], theirs[field]):
+                continue
+            raise ValueError(
+                f"model.{part}.{field}={value!r}, but that of model.init_from={recipe.model.init_from} is "
+                f"{theirs[field]!r}: leave it out, a public network is taken as it is"
+            )

@@ -49,8 +49,7 @@ def make_diffusion_loss(
     (of clips) and by level, in `log_bins` equal bins of log-SNR. By level every frame counts for itself, by the share
     of its tokens that is unknown.
     """
-    # A zero-terminal-SNR table starts at -inf; its bins start where the process is noise for all purposes.
-    edges = jnp.linspace(max(schedule.logsnr_min, -20.0), min(schedule.logsnr_max, 20.0), log_bins + 1)
+    edges = level_edges(schedule, log_bins)
 
     def loss_fn(params: Params, batch: Batch, keys: Array) -> tuple[Array, dict[str, Array]]:
         x = batch["latents"]
@@ -94,6 +93,14 @@ def make_diffusion_loss(
         return Conditioning(text, mask, batch["times"])
 
     return loss_fn
+
+
+def level_edges(schedule: Any, log_bins: int) -> Array:
+    """Edges `[log_bins + 1]` of equal bins of log-SNR over the levels of a schedule.
+
+    A zero-terminal-SNR table starts at -inf; its bins start where the process is noise for all purposes.
+    """
+    return jnp.linspace(max(schedule.logsnr_min, -20.0), min(schedule.logsnr_max, 20.0), log_bins + 1)
 
 
 def predictor(apply: Callable[..., Array], name: str = "unet") -> PredictFn:

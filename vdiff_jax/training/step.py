@@ -41,7 +41,10 @@ class TrainState:
 
 def create_state(init: Callable[[Array], Params], optimizer: optax.GradientTransformation, key: Array) -> TrainState:
     """A fresh state; pure, so `jax.jit(create_state, out_shardings=...)` makes it be born sharded."""
-    params = init(key)
+    return _first_state(init(key), optimizer)
+
+
+def _first_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, params, optimizer.init(params), jax.tree.map(jnp.copy, params), zero, zero)
 
@@ -52,15 +55,25 @@ def init_sharded_state(
     key: Array,
     mesh: Mesh,
     rules: tuple = (),
+    start: Params | None = None,
 ) -> tuple[TrainState, Any]:
-    """(state, shardings): shapes first, then memory; no unsharded copy ever exists."""
+    """(state, shardings): shapes first, then memory; no unsharded copy ever exists.
+
+    start: parameters to begin with in the place of `init(key)`. They are sent to their devices as they are, and become
+    part of the state: the first step takes their memory.
+    """
 
     def create(key: Array) -> TrainState:
         return create_state(init, optimizer, key)
 
     abstract = jax.eval_shape(create, key)
     shardings = parallel.tree_shardings(abstract, mesh, rules)
-    return jax.jit(create, out_shardings=shardings)(key), shardings
+    if start is None:
+        return jax.jit(create, out_shardings=shardings)(key), shardings
+    # As an argument, because what a jitted function closes over would be written into its program.
+    params = jax.device_put(start, shardings.params)
+    rest = jax.jit(lambda params: _first_state(params, optimizer), out_shardings=shardings)(params)
+    return dataclasses.replace(rest, params=params), shardings
 
 
 def make_train_step(

@@ -1,0 +1,33 @@
+"""A recipe made into the functions that `training` needs: the two stages `autoencoder` and `diffusion`.
+
+This is the one place where data, networks, losses and previews of a training run meet; `train.py` only drives it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from vdiff_jax import parallel
+from vdiff_jax.recipe import Recipe, check_stage, data_config, lora_config
+from vdiff_jax.stages.autoencoder import autoencoder_stage
+from vdiff_jax.stages.diffusion import diffusion_stage
+from vdiff_jax.stages.stage import Stage
+from vdiff_jax.starting_point import filled, load_start
+
+__all__ = ["Stage", "make_stage"]
+
+
+def make_stage(recipe: Recipe, mesh: Mesh, workdir: Path) -> Stage:
+    """The stage that `recipe.stage` names.
+
+    Raises ValueError for settings that cannot work and OSError for data that cannot be read, before anything is made.
+    """
+    parallel.check_batch_size(data_config(recipe).batch_size, mesh)
+    check_stage(recipe.stage)
+    lora_config(recipe)
+    start = load_start(recipe)
+    recipe = recipe if start is None else filled(recipe, start)
+    stages = {"autoencoder": autoencoder_stage, "diffusion": diffusion_stage}
+    return stages[recipe.stage](recipe, data_config(recipe), start, mesh, workdir)
