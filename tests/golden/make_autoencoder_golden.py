@@ -97,13 +97,14 @@ def results(module, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def main() -> None:
     import diffusers
     import torch
+    from golden.make_unet_golden import norms
 
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "numpy": np.__version__}
     for case in CASES:
         module = build(case)
         config = {"_class_name": type(module).__name__, **{k: v for k, v in module.config.items() if k[0] != "_"}}
         keys = {key: list(value.shape) for key, value in module.state_dict().items()}
-        about = json.dumps({"config": config, "keys": keys, "versions": versions})
+        about = json.dumps({"config": config, "keys": keys, "versions": versions, "norms": norms(module)})
         output = results(module, inputs(config, size=(3, 5)))
         path = FOLDER / f"{case}.npz"
         np.savez_compressed(path, about=np.array(about), **output)

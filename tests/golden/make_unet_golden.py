@@ -87,12 +87,25 @@ def thinned(name: str, value: np.ndarray) -> np.ndarray:
     return value if value.ndim == 1 or f"{kind}s" not in STRIDES else value.reshape(-1)[:: STRIDES[f"{kind}s"]]
 
 
+def norms(model: torch.nn.Module) -> dict[str, list[float]]:
+    """Epsilon and number of groups (0 for a layer norm) of every norm: too small a thing for outputs to tell."""
+    found: dict[str, list[float]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            found[name] = [module.eps, module.num_groups]
+        elif isinstance(module, torch.nn.LayerNorm):
+            found[name] = [module.eps, 0]
+    return found
+
+
 def main() -> None:
     versions = json.dumps({"torch": torch.__version__, "diffusers": diffusers.__version__})
     for family, case in CASES.items():
         results = {name: thinned(name, value) for name, value in oracle(case, inputs(case)).items()}
-        shapes = {k: list(v.shape) for k, v in build(case).state_dict().items()}
-        np.savez_compressed(FOLDER / f"unet_{family}.npz", shapes=json.dumps(shapes), versions=versions, **results)
+        model = build(case)
+        about = {"shapes": {k: list(v.shape) for k, v in model.state_dict().items()}, "norms": norms(model)}
+        texts = {name: json.dumps(value) for name, value in about.items()}
+        np.savez_compressed(FOLDER / f"unet_{family}.npz", versions=versions, **texts, **results)
 
 
 if __name__ == "__main__":

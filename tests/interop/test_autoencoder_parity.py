@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden.make_autoencoder_golden import CASES, build, inputs, results
+from golden.norms import norms_by_their_name
 from golden.seeded_weights import seeded_weights
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
@@ -24,7 +25,13 @@ from vdiff_jax.interop.autoencoders import (
     save_autoencoder,
 )
 from vdiff_jax.interop.weights import bind
-from vdiff_jax.models.autoencoder import AutoencoderConfig, latents_from_moments, raw_from_final, sample_moments
+from vdiff_jax.models.autoencoder import (
+    AutoencoderConfig,
+    VideoAutoencoder,
+    latents_from_moments,
+    raw_from_final,
+    sample_moments,
+)
 from vdiff_jax.models.coders import Decoder, MidBlock
 from vdiff_jax.models.functional import functional
 
@@ -299,3 +306,11 @@ def test_live_against_diffusers(case, widths, tmp_path):
     }
     for name, value in module.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
+
+
+def test_every_norm_has_the_epsilon_and_groups_of_diffusers(golden):
+    """The temporal decoder has two epsilons, which differ by too little for outputs to tell."""
+    folder, about, _ = golden
+    component, _ = load_autoencoder(folder)
+    bindings = bind(autoencoder_rules(component.config), component.abstract)
+    assert norms_by_their_name(lambda: VideoAutoencoder(component.config), bindings) == about["norms"]

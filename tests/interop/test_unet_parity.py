@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden.norms import norms_by_their_name
 from golden.seeded_weights import seeded_tensor
 from golden.unet_cases import CASES, STRIDES, block_names, inputs, widened
 
@@ -20,6 +21,7 @@ from vdiff_jax.interop.unet_rules import motion_buffers, unet_rules
 from vdiff_jax.interop.unets import unet_json, unet_settings
 from vdiff_jax.interop.weights import bind
 from vdiff_jax.models.space_time import SpaceTimeBlock
+from vdiff_jax.models.unet import VideoUNet
 from vdiff_jax.parallel import path_name
 from vdiff_jax.types import Conditioning
 
@@ -128,6 +130,15 @@ def test_every_tensor_of_the_checkpoint_has_its_place(family):
     buffers = {name: list(value.shape) for name, value in motion_buffers(component.config).items()}
     assert names | buffers == json.loads(str(golden(family)["shapes"]))
     assert make_component("unet", unet_settings(unet_json(component.config))).config == component.config
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_every_norm_has_the_epsilon_and_groups_of_diffusers(family):
+    """They differ from place to place within one network, by too little for the outputs above to tell."""
+    component, _, bindings = ours(CASES[family])
+    assert norms_by_their_name(lambda: VideoUNet(component.config), bindings) == json.loads(
+        str(golden(family)["norms"])
+    )
 
 
 @pytest.mark.parametrize("family", CASES)
