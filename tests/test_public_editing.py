@@ -10,6 +10,7 @@ import pytest
 from golden.pipeline_cases import image, write_pipeline
 
 import vdiff_jax as vd
+from vdiff_jax import parallel
 from vdiff_jax.components import make_component
 from vdiff_jax.data.video_io import Clip
 from vdiff_jax.diffusion.process import add_noise
@@ -39,7 +40,7 @@ def smaller(model, **settings):
         norm_groups=8,
         head_dim=8,
         heads=(),
-        embedding_features=16,
+        embedding_features=64,
     )
     unet = make_component("unet", config | dict(transformer_layers=()))
     return dataclasses.replace(
@@ -130,3 +131,25 @@ def test_known_tokens_are_shown_at_the_level_of_the_others(models):
     with pytest.raises(ValueError, match="prediction kind 'noise' is unknown"):
         make_timestep_denoise_fn(network, {}, "noise", schedule)
     assert nothing_known(shape).mask.max() == 0
+
+
+def test_a_decoder_that_mixes_frames_sees_all_or_a_chunk_of_them(models):
+    model = models["svd"]
+    chunked = dataclasses.replace(model, settings=dataclasses.replace(model.settings, decode_chunk_frames=2))
+    latents = jax.random.normal(jax.random.key(0), (1, 3, 4, 6, 4))
+    whole, made = model.decode(latents), chunked.decode(latents)
+    by_hand = np.concatenate([model.decode(latents[:, :2]), model.decode(latents[:, 2:])], axis=1)
+    np.testing.assert_array_equal(made, by_hand)
+    assert made.shape == whole.shape and np.any(made != whole)
+
+
+def test_weights_spread_over_devices_make_the_same_clip(models, tmp_path):
+    folder = tmp_path / "saved"
+    models["modelscope"].save_pretrained(folder)
+    mesh = parallel.make_mesh(fsdp=8)
+    spread = vd.load(folder, shardings=lambda shapes: parallel.tree_shardings(shapes, mesh, min_size=256))
+    shares = [leaf.addressable_shards[0].data.size / leaf.size for leaf in jax.tree.leaves(spread.params["unet"])]
+    assert min(shares) == 1 / 8 and sum(share < 1 for share in shares) > 30
+    options = dict(num_frames=2, size=SIZE, steps=1, seed=3)
+    whole, parts = (model.generate("a red circle", **options).frames for model in (vd.load(folder), spread))
+    assert np.abs(whole.astype(int) - parts).max() <= 1

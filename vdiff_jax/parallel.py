@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 AXES = ("data", "fsdp")
 
@@ -90,6 +90,12 @@ def tree_shardings(
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(choose, abstract)
+
+
+def on_one_device(tree: Any) -> Any:
+    """Every leaf whole on the first device of this process."""
+    sharding = SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda _: sharding, tree)
 
 
 def path_name(path: tuple) -> str:

@@ -30,7 +30,7 @@ from vdiff_jax.interop import lora as lora_files
 from vdiff_jax.latent_model import LatentModel, SamplingOptions, Settings, estimate
 from vdiff_jax.lora_model import apply_lora
 from vdiff_jax.models.lora import Lora
-from vdiff_jax.parallel import path_name
+from vdiff_jax.parallel import on_one_device, path_name
 from vdiff_jax.types import (
     Array,
     Params,
@@ -249,9 +249,7 @@ def load(name: str | Path, **options: Any) -> VideoDiffusion:
     """
     folder = _find(name, options)
     if pipelines.is_pipeline(folder):
-        parts = pipelines.load_pipeline(folder, **options)
-        params = {part: jax.tree.map(jnp.asarray, values) for part, values in parts.params.items()}
-        return VideoDiffusion(parts.components, params, parts.tokenizer, parts.settings)
+        return VideoDiffusion(*pipelines.load_pipeline(folder, **{"shardings": on_one_device, **options}))
     if options:
         raise ValueError(f"{folder} is no pipeline of diffusers: it takes no {', '.join(sorted(options))}")
     config = pretrained.load_json(folder / "config.json")

@@ -4,6 +4,7 @@ Golden files: tests/golden/make_unet_golden.py. With torch and diffusers install
 compared live, with other weights, widths and sizes.
 """
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -22,6 +23,7 @@ from vdiff_jax.interop.unets import unet_json, unet_settings
 from vdiff_jax.interop.weights import bind
 from vdiff_jax.models.space_time import SpaceTimeBlock
 from vdiff_jax.models.unet import VideoUNet
+from vdiff_jax.models.unet_config import UNetConfig
 from vdiff_jax.parallel import path_name
 from vdiff_jax.types import Conditioning
 
@@ -152,3 +154,28 @@ def test_live(family, channels):
     sizes = dict(batch=2, frames=5, height=8, width=12) if len(channels) == 3 else dict(frames=1, height=6, width=2)
     values = inputs(case, **sizes)
     compare(case, values, oracle(case, values, seed=1), lambda name, value: value, seed=1)
+
+
+def test_a_size_that_diffusers_does_not_build_is_not_written_for_it():
+    config = ours(CASES["modelscope"])[0].config
+    with pytest.raises(ValueError, match=r"unet\.embedding_features=96 is not what diffusers builds"):
+        unet_json(dataclasses.replace(config, embedding_features=96))
+    with pytest.raises(ValueError, match="family 'native' has no counterpart in diffusers"):
+        unet_json(UNetConfig())
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("modelscope", dict(act_fn="gelu"), "act_fn='gelu': only 'silu' is built"),
+        ("modelscope", dict(mystery=1), "mystery=1, which is not known of UNet3DConditionModel"),
+        ("image", dict(down_block_types=["DownBlock2D", "AttnDownBlock2D"]), "down_block_types="),
+        ("image", dict(layers_per_block=[1, 2]), r"layers_per_block=\[1, 2\]: only one number for all levels"),
+        ("image", dict(class_embed_type="timestep"), "class_embed_type='timestep': only None is built"),
+        ("svd", dict(_class_name="UNetKandinsky"), "_class_name='UNetKandinsky': choose a UNet of"),
+        ("svd", dict(projection_class_embeddings_input_dim=50), "input_dim=50, no multiple of 16"),
+    ],
+)
+def test_what_is_not_built_is_refused_by_name(family, change, message):
+    with pytest.raises(ValueError, match=message):
+        unet_settings(CASES[family] | change)

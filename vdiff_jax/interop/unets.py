@@ -223,8 +223,27 @@ def _svd_settings(config: Mapping[str, Any], settings: Mapping[str, Any], source
 def unet_json(config: UNetConfig) -> dict[str, Any]:
     """The config.json with which diffusers builds this network; what `unet_settings` reads back to the same.
 
-    Raises ValueError for one of ours, and for AnimateDiff with the norms of its own code, which diffusers lacks.
+    Raises ValueError, naming the field, for a network that diffusers does not have: one of ours, AnimateDiff with the
+    norms of its own code, or an odd size.
     """
+    result = _unet_json(config)
+    again = UNetConfig(**unet_settings(result))
+    heads = [[c.level_head_dim(level) for level in range(len(c.channels))] for c in (config, again)]
+    fields = [name for name in _DERIVED if getattr(config, name) != getattr(again, name)]
+    if fields or heads[0] != heads[1]:
+        name = fields[0] if fields else "head_dim"
+        raise ValueError(
+            f"unet.{name}={getattr(config, name)!r} is not what diffusers builds for these channels, "
+            f"{getattr(again, name)!r}: save this model with layout='vdiff_jax'"
+        )
+    return result
+
+
+_DERIVED = ("embedding_features", "norm_groups", "added_features", "added_count", "conditioning_channels")
+"""Fields that its classes derive from others, or fix."""
+
+
+def _unet_json(config: UNetConfig) -> dict[str, Any]:
     if not config.reads_timesteps:
         raise ValueError("a UNet of family 'native' has no counterpart in diffusers: save it in our own format")
     if config.family == "animatediff" and (config.motion_norm, config.resnet_norm) != ("video", "frame"):
