@@ -21,7 +21,8 @@ from vdiff_jax.components import Component, make_component
 from vdiff_jax.interop.pretrained import load_json
 from vdiff_jax.interop.unet_rules import unet_rules
 from vdiff_jax.interop.unets import IGNORED_KEYS, unet_settings
-from vdiff_jax.interop.weights import Weights, load_params, open_weights
+from vdiff_jax.interop.weight_files import Weights, open_weights
+from vdiff_jax.interop.weights import load_params
 from vdiff_jax.types import Conditioning, Params
 
 

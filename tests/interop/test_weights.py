@@ -11,7 +11,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from vdiff_jax.interop.weights import bind, load_params, nested, open_weights, refuse_pickle, save_weights
+from vdiff_jax.interop.weight_files import open_weights, refuse_pickle
+from vdiff_jax.interop.weights import bind, load_params, nested, save_weights
 
 RNG = np.random.default_rng(0)
 RULES = [

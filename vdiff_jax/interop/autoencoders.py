@@ -12,7 +12,8 @@ from typing import Any, Unpack
 
 from vdiff_jax.components import Component, make_component
 from vdiff_jax.interop.pretrained import load_json, save_json
-from vdiff_jax.interop.weights import Reading, Rule, load_params, nested, open_weights, save_weights
+from vdiff_jax.interop.weight_files import open_weights
+from vdiff_jax.interop.weights import Reading, Rule, load_params, nested, save_weights
 from vdiff_jax.models.autoencoder import AutoencoderConfig
 from vdiff_jax.types import Params
 

@@ -24,7 +24,7 @@ from vdiff_jax.components import Component
 from vdiff_jax.interop import hub
 from vdiff_jax.interop.pretrained import save_tensors
 from vdiff_jax.interop.public_lora import load_public_lora
-from vdiff_jax.interop.weights import open_weights
+from vdiff_jax.interop.weight_files import open_weights
 from vdiff_jax.models.lora import Lora
 from vdiff_jax.parallel import path_name
 from vdiff_jax.types import Params

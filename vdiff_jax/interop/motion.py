@@ -19,7 +19,8 @@ from vdiff_jax.components import Component, make_component
 from vdiff_jax.interop.pretrained import load_json, save_json
 from vdiff_jax.interop.unet_rules import motion_buffers, unet_rules
 from vdiff_jax.interop.unets import IGNORED_KEYS, load_unet, unet_settings
-from vdiff_jax.interop.weights import Reading, Weights, load_params, open_weights, save_weights
+from vdiff_jax.interop.weight_files import Weights, open_weights
+from vdiff_jax.interop.weights import Reading, load_params, save_weights
 from vdiff_jax.types import Params
 
 ORIGINAL_NAMES: tuple[tuple[str, str], ...] = (

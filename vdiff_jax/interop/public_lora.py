@@ -22,7 +22,7 @@ import numpy as np
 from vdiff_jax.components import Component
 from vdiff_jax.interop.lora_names import Layer, layers_by_name, other_kind, public_layers, split_key
 from vdiff_jax.interop.pretrained import load_json
-from vdiff_jax.interop.weights import Weights, dtype_of, open_weights, write_safetensors
+from vdiff_jax.interop.weight_files import Weights, dtype_of, open_weights, write_safetensors
 from vdiff_jax.models.lora import Lora
 from vdiff_jax.parallel import path_name
 from vdiff_jax.types import Params

@@ -14,7 +14,8 @@ from vdiff_jax.components import Component, make_component
 from vdiff_jax.data.tokenizer import Tokenizer
 from vdiff_jax.interop import clip, t5
 from vdiff_jax.interop.pretrained import load_json, save_json
-from vdiff_jax.interop.weights import Reading, Rule, Weights, load_params, nested, open_weights, save_weights
+from vdiff_jax.interop.weight_files import Weights, open_weights
+from vdiff_jax.interop.weights import Reading, Rule, load_params, nested, save_weights
 from vdiff_jax.models.t5_encoder import T5EncoderConfig
 from vdiff_jax.models.text_encoder import TextEncoderConfig
 from vdiff_jax.types import Params

@@ -16,7 +16,8 @@ from typing import Any
 from vdiff_jax.components import Component, make_component
 from vdiff_jax.interop.pretrained import load_json, save_json
 from vdiff_jax.interop.unet_rules import motion_buffers, unet_rules
-from vdiff_jax.interop.weights import Reading, load_params, open_weights, save_weights
+from vdiff_jax.interop.weight_files import open_weights
+from vdiff_jax.interop.weights import Reading, load_params, save_weights
 from vdiff_jax.models.unet_config import UNetConfig
 from vdiff_jax.types import Params
 
