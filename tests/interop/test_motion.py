@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -65,6 +66,25 @@ def test_an_image_network_and_an_adapter_make_the_network_that_holds_both(animat
     made, together = load_animated(image, animated / "motion_adapter")
     assert made.config == whole.config and made.config.motion_norm == "video"
     assert_same(together, params)
+
+
+def test_an_image_pipeline_and_an_adapter_make_a_video_model(animated, image, tmp_path):
+    """With the betas of the adapter, which are not those of the image model."""
+    folder = tmp_path / "image"
+    shutil.copytree(animated, folder, ignore=shutil.ignore_patterns("motion_adapter", "unet"))
+    shutil.copytree(image, folder / "unet")
+    for name, change in (
+        ("model_index.json", {"_class_name": "StableDiffusionPipeline"}),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "scaled_linear"}),
+    ):
+        written = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(written | change))
+    with pytest.warns(UserWarning, match="trained with linear betas, so the image model's 'scaled_linear' are left"):
+        model = vd.load(folder, motion_adapter=animated / "motion_adapter")
+    pipeline = vd.load(animated)
+    assert model.schedule == pipeline.schedule and model.unet_config == pipeline.unet_config
+    assert_same(model.params["unet"], pipeline.params["unet"])
+    assert vd.load(folder).unet_config.family == "image"
 
 
 def test_an_adapter_is_saved_as_it_came(animated, tmp_path):

@@ -11,6 +11,8 @@ The parts are `(components, params, tokenizer, settings)`; `pipeline.load` makes
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,7 +119,8 @@ def load_pipeline(
 
     how: dict[str, Any] = dict(dtype=dtype, variant=variant)
     networks: dict[str, tuple[Component, Params]] = {}
-    if family == "animatediff" or (family == "image" and motion_adapter is not None):
+    animated_image = family == "image" and motion_adapter is not None
+    if family == "animatediff" or animated_image:
         adapter = Path(motion_adapter) if motion_adapter is not None else folder / "motion_adapter"
         networks["unet"] = load_animated(folder / "unet", adapter, reading=reading("unet"), **how, **unet)
         family = "animatediff"
@@ -131,7 +134,20 @@ def load_pipeline(
     tokenizer = load_tokenizer(folder / "tokenizer") if _present(index, "tokenizer") else None
     components = {part: component for part, (component, _) in networks.items()}
     params = {part: values for part, (_, values) in networks.items()}
-    return Parts(components, params, tokenizer, _settings(folder, family, components, tokenizer))
+    settings = _settings(folder, family, components, tokenizer)
+    return Parts(components, params, tokenizer, _with_linear_betas(settings) if animated_image else settings)
+
+
+def _with_linear_betas(settings: Settings) -> Settings:
+    """For an image model that is given a motion adapter: adapters were trained with other betas than their images."""
+    betas = settings.schedule_settings.get("betas")
+    if settings.schedule != "discrete" or betas == "linear":
+        return settings
+    warnings.warn(
+        f"motion adapters of AnimateDiff were trained with linear betas, so the image model's {betas!r} are left aside",
+        stacklevel=4,
+    )
+    return dataclasses.replace(settings, schedule_settings={**settings.schedule_settings, "betas": "linear"})
 
 
 _PLACES: dict[str, tuple[str, Callable[..., tuple[Component, Params]]]] = {
