@@ -87,6 +87,22 @@ def test_an_image_pipeline_and_an_adapter_make_a_video_model(animated, image, tm
     assert vd.load(folder).unet_config.family == "image"
 
 
+def test_a_network_with_modules_of_its_own_keeps_them(animated, tmp_path):
+    """The adapter beside it is where they came from; a tensor that the network lacks is not taken from there."""
+    folder = tmp_path / "pipeline"
+    shutil.copytree(animated, folder)
+    weights = load_file(folder / "unet" / WEIGHTS)
+    name = "down_blocks.0.motion_modules.0.proj_in.bias"
+    save_file({**weights, name: weights[name] + 1}, folder / "unet" / WEIGHTS)
+    made, before = (flat(vd.load(f).params["unet"])["down.0.temporal.proj_in.bias"] for f in (folder, animated))
+    np.testing.assert_array_equal(made, before + 1)
+    given = vd.load(folder, motion_adapter=folder / "motion_adapter").params["unet"]
+    np.testing.assert_array_equal(flat(given)["down.0.temporal.proj_in.bias"], before)
+    save_file({key: value for key, value in weights.items() if key != name}, folder / "unet" / WEIGHTS)
+    with pytest.raises(ValueError, match=rf"missing {name} \(32,\)"):
+        vd.load(folder)
+
+
 def test_an_adapter_is_saved_as_it_came(animated, tmp_path):
     component, params = load_unet(animated / "unet")
     save_motion_adapter(tmp_path, component, params)

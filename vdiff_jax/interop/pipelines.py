@@ -121,7 +121,9 @@ def load_pipeline(
     networks: dict[str, tuple[Component, Params]] = {}
     animated_image = family == "image" and motion_adapter is not None
     if family == "animatediff" or animated_image:
-        adapter = Path(motion_adapter) if motion_adapter is not None else folder / "motion_adapter"
+        adapter = motion_adapter
+        if adapter is None and load_json(folder / "unet" / "config.json").get("_class_name") == "UNet2DConditionModel":
+            adapter = folder / "motion_adapter"  # beside a UNetMotionModel it is where that one's modules came from
         networks["unet"] = load_animated(folder / "unet", adapter, reading=reading("unet"), **how, **unet)
         family = "animatediff"
     else:
