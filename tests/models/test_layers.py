@@ -74,6 +74,16 @@ def test_frame_conv_is_a_correlation_of_every_frame(stride, padding):
     np.testing.assert_allclose(apply(params, x), expected, atol=2e-5)
 
 
+@pytest.mark.parametrize("height, width", [(1, 1), (2, 1), (2, 4)])
+def test_convolution_of_frames_smaller_than_the_kernel(height, width):
+    x = RNG.normal(size=(3, height, width, 5)).astype(np.float32)
+    kernel = RNG.normal(size=(3, 3, 5, 4)).astype(np.float32)
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
+    expected = np.einsum("nhwiyz,yzio->nhwo", windows, kernel)
+    np.testing.assert_allclose(layers.convolve(x, kernel, 1, (1, 1)), expected, atol=2e-5)
+
+
 def test_temporal_conv_is_a_correlation_over_frames():
     apply, params = build(lambda: layers.TemporalConv(2, 3))
     x = RNG.normal(size=(1, 5, 2, 2, 2)).astype(np.float32)
