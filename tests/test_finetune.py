@@ -8,6 +8,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from golden.pipeline_cases import write_pipeline
 from golden.seeded_weights import seeded_tensor
@@ -29,7 +30,6 @@ from vdiff_jax.parallel import path_name
 from vdiff_jax.recipe import finetune_recipe
 from vdiff_jax.stages import make_stage
 from vdiff_jax.training.checkpoint import Checkpoints
-from vdiff_jax.training.optimizer import OptimizerConfig, make_optimizer
 from vdiff_jax.training.step import init_sharded_state, make_train_step
 from vdiff_jax.types import Conditioning
 
@@ -105,11 +105,11 @@ def staged(recipe, folder, devices=1, fsdp=1):
         return make_stage(recipe, mesh, folder), mesh
 
 
-def trained(recipe, folder, steps=3, rate=1e-3, devices=1, fsdp=1):
-    """(stage, losses on one batch with one key, state on the host, shardings), trained on that batch."""
-    stage, mesh = staged(recipe, folder, devices, fsdp)
+def trained(recipe, folder, steps=3, rate=3e-2):
+    """(stage, losses on one batch with one key, state), trained on that batch."""
+    stage, mesh = staged(recipe, folder)
     with jax.set_mesh(mesh):
-        optimizer = make_optimizer(OptimizerConfig(learning_rate=rate, warmup_steps=0, weight_decay=0.0), 100)
+        optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(rate))  # compiles sooner than AdamW
         key = jax.random.key(0)
         state, shardings = init_sharded_state(stage.init, optimizer, key, mesh, start=stage.start)
         step = make_train_step(stage.loss_fn, optimizer, mesh, shardings, ema_decay=0.0, frozen=stage.frozen)
@@ -118,7 +118,7 @@ def trained(recipe, folder, steps=3, rate=1e-3, devices=1, fsdp=1):
             state = dataclasses.replace(state, step=jnp.zeros_like(state.step))  # the same levels and noise again
             state, metrics = step(state, batch, key)
             losses.append(float(metrics["loss"]))
-    return stage, losses, state, shardings
+    return stage, losses, state
 
 
 def leaves(params):
@@ -133,7 +133,7 @@ def runs(pipelines, tmp_path_factory):
     def run(family):
         if family not in results:
             folder = tmp_path_factory.mktemp(f"run_{family}")
-            stage, losses, state, _ = trained(recipe_for(pipelines[family]), folder)
+            stage, losses, state = trained(recipe_for(pipelines[family]), folder)
             stage.finish(state, folder / "model")
             results[family] = losses, jax.device_get(state), folder
         return results[family]
@@ -156,7 +156,7 @@ def test_a_pipeline_is_trained_and_saved_as_a_pipeline(pipelines, runs, family):
     changed = {name for name, value in after.items() if name not in before or (value != before[name]).any()}
     if family in ("animatediff", "image"):
         assert changed <= moving and len(changed) > 0.8 * len(moving)
-        assert leaves(state.params["unet"]).keys() == moving  # and so of its moments and its average
+        assert leaves(state.params["unet"]).keys() == moving  # and so of the optimizer and the average
     else:
         assert len(changed) > 0.8 * len(after)
     assert tuned.settings.prediction == base.settings.prediction
@@ -269,13 +269,13 @@ def test_chosen_parameters_alone_are_trained(pipelines, tmp_path):
 
 
 def test_a_low_rank_update_of_a_public_model(pipelines, tmp_path):
-    recipe = recipe_for(pipelines["modelscope"], lora=dict(rank=2, alpha=2.0))
-    stage, losses, state, _ = trained(recipe, tmp_path, rate=1e-2)
+    recipe = recipe_for(pipelines["animatediff"], lora=dict(rank=2, alpha=2.0))
+    stage, losses, state = trained(recipe, tmp_path)
     assert losses[-1] < losses[0]
     names = leaves(state.params).keys()
     assert names and all(".to_" in name for name in names)
     stage.finish(state, tmp_path / "model")
-    base, tuned = vd.load(pipelines["modelscope"]), vd.load(tmp_path)
+    base, tuned = vd.load(pipelines["animatediff"]), vd.load(tmp_path)
     again = base.with_lora(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, tuned.params, again.params)
     before, after = leaves(base.params["unet"]), leaves(tuned.params["unet"])
@@ -288,10 +288,14 @@ def test_a_low_rank_update_of_a_public_model(pipelines, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, vd.load(tmp_path / "whole").params["unet"], tuned.params["unet"])
 
 
-def test_weights_are_split_over_devices_and_runs_resume(pipelines, runs, tmp_path):
-    _, losses, state, shardings = trained(recipe_for(pipelines["modelscope"]), tmp_path, devices=2, fsdp=2)
-    alone, _, _ = runs("modelscope")
-    np.testing.assert_allclose(losses, alone, rtol=1e-3)
+def test_weights_are_split_over_devices_and_runs_resume(pipelines, tmp_path):
+    stage, mesh = staged(recipe_for(pipelines["modelscope"]), tmp_path, devices=2, fsdp=2)
+    with jax.set_mesh(mesh):
+        begin = functools.partial(init_sharded_state, stage.init, optax.adam(1e-3), jax.random.key(0), mesh)
+        state, shardings = begin(start=stage.start)
+        assert shardings == begin()[1]
+    jax.tree.map(np.testing.assert_array_equal, state.params, stage.start)
+    jax.tree.map(np.testing.assert_array_equal, state.ema, stage.start)
     split = [leaf for leaf in jax.tree.leaves(state.params) if not leaf.sharding.is_fully_replicated]
     assert split and all(leaf.addressable_shards[0].data.size == leaf.size // 2 for leaf in split)
     assert all(a.sharding == b for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(shardings)))

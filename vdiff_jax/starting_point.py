@@ -6,6 +6,10 @@ import dataclasses
 import warnings
 from typing import Any
 
+import jax
+from jax.sharding import Mesh
+
+from vdiff_jax import parallel
 from vdiff_jax.components import Component
 from vdiff_jax.diffusion.timestep_levels import SVD_SIGMAS
 from vdiff_jax.models.lora import DEFAULT_TARGETS
@@ -26,9 +30,24 @@ PUBLIC_TARGETS = (r"\.to_(q|k|v|out)\.kernel$",)
 """Kernels that a low-rank update of a public network changes if nothing else is asked for: those of attention."""
 
 
-def load_start(recipe: Recipe) -> VideoDiffusion | None:
-    """The model that `model.init_from` names, or None if it names none. Raises FileNotFoundError without such a one."""
-    return load(recipe.model.init_from) if recipe.model.init_from else None
+def load_start(recipe: Recipe, mesh: Mesh) -> VideoDiffusion | None:
+    """The model that `model.init_from` names, or None if it names none, see `load_on`."""
+    return load_on(recipe.model.init_from, mesh) if recipe.model.init_from else None
+
+
+def load_on(name: str, mesh: Mesh) -> VideoDiffusion:
+    """A model with its parameters on a mesh: the UNet's split as in training, the others whole on every device.
+
+    Raises FileNotFoundError if there is no such model.
+    """
+    model = load(name)
+    params = {
+        part: jax.device_put(
+            values, parallel.tree_shardings(values, mesh) if part == "unet" else parallel.replicated(mesh)
+        )
+        for part, values in model.params.items()
+    }
+    return model.with_params(params)
 
 
 def is_public(start: VideoDiffusion | None) -> bool:

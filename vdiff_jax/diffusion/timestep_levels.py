@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from vdiff_jax.diffusion.continuous import EDMRho, LogitNormal, Schedule
+from vdiff_jax.diffusion.continuous import EDMRho, Schedule
 from vdiff_jax.diffusion.discrete import DiscreteTable, FlowTable
 from vdiff_jax.types import Array
 
@@ -26,10 +26,3 @@ def told_levels(own: Schedule, drawn: Schedule, u: Array) -> tuple[Array, Array]
         return own.timestep_to_logsnr(timestep), timestep.astype(jnp.float32)
     logsnr = drawn.logsnr(u)
     return logsnr, own.logsnr_to_timestep(logsnr)
-
-
-def training_schedule(own: Schedule) -> Schedule:
-    """Where levels are drawn from if nothing else is asked for: the schedule itself, or the law of `SVD_SIGMAS`."""
-    if isinstance(own, EDMRho):
-        return LogitNormal(**SVD_SIGMAS, logsnr_min=own.logsnr_min, logsnr_max=own.logsnr_max)
-    return own

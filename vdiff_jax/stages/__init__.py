@@ -27,7 +27,7 @@ def make_stage(recipe: Recipe, mesh: Mesh, workdir: Path) -> Stage:
     parallel.check_batch_size(data_config(recipe).batch_size, mesh)
     check_stage(recipe.stage)
     lora_config(recipe)
-    start = load_start(recipe)
+    start = load_start(recipe, mesh)
     recipe = recipe if start is None else filled(recipe, start)
     stages = {"autoencoder": autoencoder_stage, "diffusion": diffusion_stage}
     return stages[recipe.stage](recipe, data_config(recipe), start, mesh, workdir)

@@ -58,9 +58,9 @@ def diffusion_stage(recipe: Recipe, data: DataConfig, start: VideoDiffusion | No
 
     # --- networks, and what the finished model will know
     if start is not None and is_public(start):
-        networks = public_networks(recipe, data, start)
+        networks = public_networks(recipe, data, start, mesh)
     else:
-        networks = native_networks(recipe, data, start)
+        networks = native_networks(recipe, data, start, mesh)
     settings = _settings(recipe, data, diffusion, start, networks)
     model = VideoDiffusion(
         networks.components,

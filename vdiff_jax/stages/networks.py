@@ -7,16 +7,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from vdiff_jax.components import Component, make_component
 from vdiff_jax.data.tokenizer import Tokenizer
 from vdiff_jax.interop import transformers
 from vdiff_jax.lora_stage import Personalisation, personalisation
 from vdiff_jax.models.text_encoder import TextEncoderConfig
-from vdiff_jax.pipeline import VideoDiffusion, load
+from vdiff_jax.pipeline import VideoDiffusion
 from vdiff_jax.recipe import DataConfig, LoraConfig, Recipe, lora_config
 from vdiff_jax.stages.cache import fill_latent_cache
-from vdiff_jax.starting_point import VOCABULARY_FIELDS, check_start, warn_of_another_process
+from vdiff_jax.starting_point import VOCABULARY_FIELDS, check_start, load_on, warn_of_another_process
 from vdiff_jax.streams import make_stream
 from vdiff_jax.trained_part import TrainedPart, trained_part
 from vdiff_jax.types import Array, Params
@@ -77,7 +78,7 @@ def updated(low_rank: LoraConfig, start: VideoDiffusion, trained: tuple[str, ...
     return personalisation(low_rank, (start.components, start.params, start.tokenizer), trained, digests, name)
 
 
-def native_networks(recipe: Recipe, data: DataConfig, start: VideoDiffusion | None) -> Networks:
+def native_networks(recipe: Recipe, data: DataConfig, start: VideoDiffusion | None, mesh: Mesh) -> Networks:
     """Those of the recipe, with an autoencoder of its own and, where there is a start, its weights.
 
     Raises ValueError for networks that do not fit each other or the start, before any data is read.
@@ -86,7 +87,7 @@ def native_networks(recipe: Recipe, data: DataConfig, start: VideoDiffusion | No
         raise ValueError("model.autoencoder_from is empty: train an autoencoder first and give its run folder")
     if recipe.model.trainable and start is None:
         raise ValueError("model.trainable needs model.init_from: what is not trained has to come from a model")
-    base = load(recipe.model.autoencoder_from)
+    base = load_on(recipe.model.autoencoder_from, mesh)
     autoencoder, digest = base.components["autoencoder"], base.component_digest("autoencoder")
     text_settings = _text_settings(recipe)
     unet_settings = recipe.model.unet.to_dict() | {"latent_channels": autoencoder.config.latent_channels}

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 
+from jax.sharding import Mesh
+
 from vdiff_jax.components import Component, make_component
 from vdiff_jax.diffusion.schedule import Schedule, make_schedule
 from vdiff_jax.interop.motion import inflated
 from vdiff_jax.interop.schedulers import scheduler_json
-from vdiff_jax.pipeline import Settings, VideoDiffusion, load
+from vdiff_jax.pipeline import Settings, VideoDiffusion
 from vdiff_jax.recipe import DataConfig, DiffusionConfig, LoraConfig, Recipe, SampleConfig, lora_config
 from vdiff_jax.stages.cache import fill_latent_cache
 from vdiff_jax.stages.networks import Networks, begun, updated
-from vdiff_jax.starting_point import COMPUTE_FIELDS, check_public_fields, warn_of_another_process
+from vdiff_jax.starting_point import COMPUTE_FIELDS, check_public_fields, load_on, warn_of_another_process
 from vdiff_jax.types import Params
 
 MOTION_FIELDS = ("motion_heads", "motion_layers", "motion_mid", "motion_positions", "motion_norm")
@@ -28,14 +30,14 @@ NEEDED = {
 """Families that are trained -> encoders without which their networks read nothing."""
 
 
-def public_networks(recipe: Recipe, data: DataConfig, start: VideoDiffusion) -> Networks:
+def public_networks(recipe: Recipe, data: DataConfig, start: VideoDiffusion, mesh: Mesh) -> Networks:
     """The pipeline's networks: its UNet is trained, or a part or an update of it; all others stay.
 
     Raises ValueError for a family that is not trained, and for settings that contradict the pipeline, by name.
     """
     _check(recipe, data, start)
     unet, params = _unet(recipe, data, start)
-    base = load(recipe.model.autoencoder_from) if recipe.model.autoencoder_from else start
+    base = load_on(recipe.model.autoencoder_from, mesh) if recipe.model.autoencoder_from else start
     autoencoder, digest = base.components["autoencoder"], base.component_digest("autoencoder")
     if autoencoder.config.latent_channels != unet.config.latent_channels:
         raise ValueError(
