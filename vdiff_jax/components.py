@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -45,7 +46,7 @@ class Component:
     @property
     def abstract(self) -> Params:
         """Parameter shapes, no memory spent."""
-        return jax.eval_shape(self.init, jax.random.key(0))
+        return _shapes(self.init)
 
     def config_dict(self) -> dict[str, Any]:
         settings = {n: list(v) if isinstance(v, tuple) else v for n, v in dataclasses.asdict(self.config).items()}
@@ -66,8 +67,18 @@ def make_component(name: str, settings: Mapping[str, Any]) -> Component:
     config = make_config(config_class, settings, f"model.{name}")
     if config.dtype not in DTYPES:
         raise ValueError(f"model.{name}.dtype={config.dtype!r}: choose one of {', '.join(DTYPES)}")
-    init, apply = functional(lambda: module_class(config))
-    return Component(name, config, init, apply)
+    return Component(name, config, *_functions(module_class, config))
+
+
+@functools.lru_cache(maxsize=64)
+def _functions(module_class: type, config: Any) -> tuple[Callable[[Array], Params], Callable[..., Any]]:
+    """`functional` of a network, the same objects for the same configuration: a large one takes a second to build."""
+    return functional(lambda: module_class(config))
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(init: Callable[[Array], Params]) -> Params:
+    return jax.eval_shape(init, jax.random.key(0))
 
 
 def make_config(config_class: type, settings: Mapping[str, Any], where: str) -> Any:

@@ -14,6 +14,8 @@ from safetensors.numpy import save_file
 import vdiff_jax as vd
 from vdiff_jax.interop.diffusers import load_autoencoder, load_image_encoder, load_text_encoder, load_unet
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
@@ -36,9 +38,7 @@ def test_a_unet_is_a_function_of_its_own_timesteps(family, tmp_path):
     values = inputs(CASES[family])
     extra = {name: values[name] for name in ("image_latents", "image_embedding", "added") if name in values}
     timestep = np.full(2, values["timestep"], np.float32)
-    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    run = jax.jit(apply, compiler_options=quick)
-    prediction = run(params, values["z"], timestep, values["text"], **extra)
+    prediction = jax.jit(apply)(params, values["z"], timestep, values["text"], **extra)
     np.testing.assert_allclose(prediction, golden["prediction"], atol=1e-4 * np.abs(golden["prediction"]).max())
 
 
@@ -62,7 +62,7 @@ def test_half_precision_is_half_the_memory(folders):
     values = inputs(CASES["modelscope"])
     arguments = values["z"], np.full(2, 741.0, np.float32), values["text"]
     whole_apply, whole = load_unet(folders["modelscope"] / "unet")
-    half, full = np.asarray(apply(params, *arguments)), np.asarray(whole_apply(whole, *arguments))
+    half, full = (np.asarray(jax.jit(f)(p, *arguments)) for f, p in ((apply, params), (whole_apply, whole)))
     assert 0 < np.abs(half - full).max() < 0.1 * np.abs(full).max()
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vdiff_jax.components import Component
+from vdiff_jax.components import Component, make_config
 from vdiff_jax.data.tokenizer import Tokenizer
 from vdiff_jax.interop.autoencoders import load_autoencoder, save_autoencoder
 from vdiff_jax.interop.motion import load_animated, save_motion_adapter
@@ -39,6 +39,12 @@ from vdiff_jax.settings import Settings
 from vdiff_jax.types import Params
 
 INDEX = "model_index.json"
+OURS = "vdiff_jax.json"
+"""Beside model_index.json in pipelines that we write: settings that diffusers leaves to the caller."""
+_CALLERS = (
+    *("size", "fps", "num_frames", "steps", "guidance_scale", "first_guidance_scale", "noise"),
+    *("decode_chunk_frames", "autoencoder_std"),
+)
 SVD_SAMPLE_SIZE, SVD_SIZE = 96, (576, 1024)
 """Stable Video Diffusion's files name a square of 768 pixels; what it was trained on is this."""
 
@@ -188,7 +194,9 @@ def _settings(folder: Path, family: str, components: Mapping[str, Component], to
         settings["size"] = (size[0] * factor, size[1] * factor)
     context = tokenizer.max_length if tokenizer is not None else None
     # What a public network is not trained to leave out, it reads: padding, and every frame in the same way.
-    return Settings(**{"fps": 8.0, **settings, "attend_padding": True, "context_length": context or 77})
+    settings = {"fps": 8.0, **settings, "attend_padding": True, "context_length": context or 77}
+    kept = load_json(folder / OURS) if (folder / OURS).is_file() else {}
+    return make_config(Settings, settings | kept, str(folder / OURS))
 
 
 # Writing ----------------------------------------------------------------------------------------------------------
@@ -238,6 +246,7 @@ def save_pipeline(folder: str | Path, parts: Parts, dtype: str = "float32") -> N
         index.setdefault(name, [None, None])
     if family == "image":
         index["requires_safety_checker"] = False
+    save_json(folder / OURS, {name: getattr(settings, name) for name in _CALLERS})
     save_json(folder / INDEX, index)
 
 
