@@ -43,6 +43,9 @@ _ROUNDS = flags.DEFINE_integer("rounds", 3, "Speed: how often each side's proces
 _STEPS = flags.DEFINE_integer("steps", 10, "Speed: denoising steps.")
 _FRAMES = flags.DEFINE_integer("num_frames", 8, "Speed: frames.")
 _SIZE = flags.DEFINE_integer("size", 128, "Speed: pixels of a side.")
+_CORES = flags.DEFINE_integer(
+    "cores", 0, "Speed: cores of either side, 0 = all; with 1, processor time hides no waiting."
+)
 _CHANGES = flags.DEFINE_integer("changes", 200, "Perturb: how many.")
 
 
@@ -64,17 +67,28 @@ def main(_: list[str]) -> int:
     return 0
 
 
-def worker(side: str, task: str, flags: str = "", **settings: Any) -> dict[str, Any]:
-    """Run one task in a process of its own: side "torch" or "jax"; flags: of XLA."""
+def worker(side: str, task: str, flags: str = "", cores: int = 0, cache: str = "", **settings: Any) -> dict[str, Any]:
+    """Run one task in a process of its own.
+
+    side: "torch" or "jax". flags: of XLA. cores: how many of this process's, 0 = all. cache: of compiled programs.
+    """
     python = _TORCH.value if side == "torch" else sys.executable
     path = os.pathsep.join(str(folder) for folder in (HERE, HERE.parent, HERE.parent / "tests"))
     environment = {**os.environ, "PYTHONPATH": path, "XLA_FLAGS": flags, "TRANSFORMERS_VERBOSITY": "error"}
+    if cache:
+        environment |= {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
+    # Threads are counted from what a process may use, so the limit must be there before it starts.
+    allowed = sorted(os.sched_getaffinity(0))[: cores or None]
     command = [python, str(HERE / f"weights_{side}.py"), json.dumps({"task": task, **settings})]
     print(f"{side} {task} {settings.get('family', '')}", file=sys.stderr, flush=True)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        ["taskset", "-c", ",".join(map(str, allowed)), *command], env=environment, capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError(f"{side} {task} failed: {done.stderr.strip()[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    print(f"    {result}", file=sys.stderr, flush=True)
+    return result
 
 
 def parity(scratch: Path) -> dict[str, Any]:
@@ -113,6 +127,7 @@ def speed(scratch: Path) -> dict[str, Any]:
     """Both sides in turn, so that what else the machine does meets both."""
     results: dict[str, Any] = {}
     asked = dict(steps=_STEPS.value, num_frames=_FRAMES.value, size=_SIZE.value, repeats=1)
+    process = dict(cores=_CORES.value, cache=str(scratch / "compiled"))
     for family in (family for family in _FAMILIES.value if family in PIPELINES):
         folder = str(scratch / family)
         written = worker("torch", "write_pipeline", family=family, folder=folder)
@@ -120,14 +135,20 @@ def speed(scratch: Path) -> dict[str, Any]:
         for _ in range(_ROUNDS.value):
             for name, found in runs.items():
                 flags = FASTER if name == "jax_with_flags" else ""
-                found.append(worker(name.partition("_")[0], "sample", flags, family=family, folder=folder, **asked))
-        results[family] = asked | written | {name: _medians(found) for name, found in runs.items()}
+                side = name.partition("_")[0]
+                found.append(worker(side, "sample", flags, family=family, folder=folder, **process, **asked))
+        results[family] = (
+            asked
+            | {"cores": _CORES.value or os.cpu_count()}
+            | written
+            | {name: _medians(found) for name, found in runs.items()}
+        )
         for name in ("jax", "jax_with_flags"):
             for unit in ("wall_s", "processor_s"):
                 ratio = results[family]["torch"][unit] / results[family][name][unit]
                 results[family][f"torch_over_{name}_{unit.removesuffix('_s')}"] = round(ratio, 3)
         print(json.dumps(results[family]), file=sys.stderr, flush=True)
-    return results
+    return {f"{_CORES.value or 'all'}_cores": results}
 
 
 def _medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
