@@ -106,6 +106,31 @@ def test_a_picture_is_needed_and_moves(models):
     np.testing.assert_array_equal(model.animate(image(), seed=1).frames, plain.frames)
 
 
+def test_another_picture_compiles_nothing_and_another_size_is_said(models):
+    model = dataclasses.replace(models["svd"])  # as if just loaded: nothing is compiled yet
+    model.animate(image(), motion_bucket=10)
+    sizes = model._run._cache_size(), model._decode._cache_size()
+    model.animate(image(), motion_bucket=20)
+    assert (model._run._cache_size(), model._decode._cache_size()) == sizes == (1, 1)
+    told = model.with_image(image(), size=(16, 16))
+    with pytest.raises(ValueError, match="the picture was read for latents of 8x8, the clip has 4x6"):
+        told.generate("")
+
+
+def test_a_save_over_another_model_leaves_no_mixture(models, tmp_path, monkeypatch):
+    models["modelscope"].save_pretrained(tmp_path)
+    monkeypatch.setattr("vdiff_jax.interop.pipelines.save_autoencoder", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        models["modelscope"].save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no model"):
+        vd.load(tmp_path)
+    monkeypatch.undo()
+    models["modelscope"].save_pretrained(tmp_path)
+    zero = {"unet": jax.tree.map(jnp.zeros_like, models["modelscope"].params["unet"])}
+    models["modelscope"].with_params(zero).save_pretrained(tmp_path, layout="vdiff_jax")
+    assert not any(leaf.any() for leaf in jax.tree.leaves(vd.load(tmp_path).params["unet"]))
+
+
 def test_known_tokens_are_shown_at_the_level_of_the_others(models):
     """With their own noise, whatever level they were pinned at, and the network is told its own timestep."""
     schedule = models["modelscope"].schedule

@@ -37,11 +37,18 @@ class ImageInput:
     embedding: Array
     added: Array
 
-    def condition(self, cond: Conditioning) -> Conditioning:
+    def condition(self, cond: Conditioning, size: tuple[int, ...] = ()) -> Conditioning:
         """The conditioning of a batch with the picture in it. cond: its text is a prompt, or None for "svd".
 
-        Raises ValueError for another number of pictures than clips.
+        size: height and width of the clip's latents, if they are to be compared with the picture's.
+        Raises ValueError for another size, or another number of pictures than clips.
         """
+        read = self.latents.shape[1:3]
+        if size and tuple(size) != read:
+            raise ValueError(
+                f"the picture was read for latents of {read[0]}x{read[1]}, the clip has {size[0]}x{size[1]}: give the "
+                "same size to with_image and to what is done with the model"
+            )
         batch, num_frames = cond.times.shape
         count = len(self.latents)
         if count not in (1, batch):
@@ -77,7 +84,8 @@ def read_image(
     noise_augmentation: float,
     noise: Array,
 ) -> ImageInput:
-    """Pictures u8 `[n h w 3]` as the model's network reads them.
+    """Pictures u8 `[n h w 3]` as the model's network reads them: latents are the mean of the autoencoder's posterior,
+    from which I2VGen-XL's own pipeline draws.
 
     Args:
         size: height and width in pixels of the clip to come; pictures are stretched ("svd") or cropped to it.
@@ -117,7 +125,10 @@ def read_image(
 
 
 def crop_middle(images: np.ndarray, height: int, width: int) -> np.ndarray:
-    """u8 `[n h w 3] -> [n height width 3]`: shrunk by area until one side fits, then the middle of the other."""
+    """u8 `[n h w 3] -> [n height width 3]`: shrunk by area until one side fits, then the middle of the other.
+
+    I2VGen-XL's own pipeline loses a row or column of some sizes to a rounding error and shows a black one; not here.
+    """
     from PIL import Image
 
     scale = min(images.shape[2] / width, images.shape[1] / height)

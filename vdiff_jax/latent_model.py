@@ -241,7 +241,14 @@ class LatentModel:
         else:
             text, mask = self.encode_prompts([""] * shape[0] if prompts is None else prompts)
             cond = Conditioning(text, None if self.settings.attend_padding else mask, times)
-        return cond if self.image is None else self.image.condition(cond)
+        return cond if self.image is None else self.image.condition(cond, shape[2:4])
+
+    def _share_compiled(self) -> None:
+        """Make the functions that are compiled on first use, so that copies of this model have the same ones."""
+        made = {"unet": ["_run"], "autoencoder": ["_encode", "_decode"], "text_encoder": ["_encode_text"]}
+        for part in made.keys() & self.components.keys():
+            for name in made[part]:
+                getattr(self, name)
 
     @functools.cached_property
     def _run(self) -> Callable[..., Any]:

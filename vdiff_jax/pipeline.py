@@ -155,12 +155,15 @@ class VideoDiffusion(EditingVerbs, LatentModel):
             noise_augmentation=noise_augmentation,
             noise=noise,
         )
+        self._share_compiled()
+        digest = self.digest  # of weights, not of pictures: not to be worked out again for each
         other = copy.copy(self)
-        other.__dict__.update(image=read)
+        other.__dict__.update(image=read, digest=digest)
         return other
 
     def with_params(self, params: dict[str, Params]) -> VideoDiffusion:
         """The same model with some components' parameters replaced; compiled functions are shared, not made again."""
+        self._share_compiled()
         other = copy.copy(self)
         other.__dict__.update(params={**self.params, **params})
         for name in ("digest", "_lora_base"):  # they belong to the weights
@@ -200,6 +203,7 @@ class VideoDiffusion(EditingVerbs, LatentModel):
             pipelines.save_pipeline(folder, parts, dtype)
             return
         folder.mkdir(parents=True, exist_ok=True)
+        pipelines.forget(folder)  # a pipeline that was there would be loaded in this model's place
         for name in self.components:
             pretrained.save_tensors(folder / f"{name}.safetensors", self.params[name], dtype)
         if self.tokenizer is not None:
@@ -242,19 +246,21 @@ def load(name: str | Path, **options: Any) -> VideoDiffusion:
     name of one on the Hugging Face hub ("owner/name"; needs the extra `hub`). A folder that holds a low-rank update is
     loaded with the model it updates.
 
-    options: for pipelines of diffusers only, `dtype, variant, motion_adapter, shardings, ...`, see
-        `interop.pipelines.load_pipeline`; and `revision`, `cache_dir` for the hub, see `interop.hub.download`.
+    options: `shardings`, from the shapes of a part's parameters to a tree of shardings; for pipelines of diffusers only
+        `dtype, variant, motion_adapter, ...`, see `interop.pipelines.load_pipeline`; `revision` and `cache_dir` for the
+        hub, see `interop.hub.download`.
 
     Raises FileNotFoundError if there is no such model, ValueError if its files do not fit together.
     """
     folder = _find(name, options)
     if pipelines.is_pipeline(folder):
         return VideoDiffusion(*pipelines.load_pipeline(folder, **{"shardings": on_one_device, **options}))
+    shardings = options.pop("shardings", None)
     if options:
         raise ValueError(f"{folder} is no pipeline of diffusers: it takes no {', '.join(sorted(options))}")
     config = pretrained.load_json(folder / "config.json")
     if config.get("format") == lora_files.FORMAT:
-        return _load_personal(folder, config)
+        return _load_personal(folder, config, shardings)
     if config.get("format") != pretrained.FORMAT:
         raise ValueError(
             f"{folder / 'config.json'} has format {config.get('format')!r}, expected {pretrained.FORMAT!r}"
@@ -266,13 +272,17 @@ def load(name: str | Path, **options: Any) -> VideoDiffusion:
     }
     tokenizer = Tokenizer.load(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else None
     settings = make_config(Settings, config["settings"], "settings")
-    return VideoDiffusion(components, jax.tree.map(jnp.asarray, params), tokenizer, settings)
+    params = {
+        part: jax.tree.map(jnp.asarray, values) if shardings is None else jax.device_put(values, shardings(values))
+        for part, values in params.items()
+    }
+    return VideoDiffusion(components, params, tokenizer, settings)
 
 
-def _load_personal(folder: Path, config: dict[str, Any]) -> VideoDiffusion:
+def _load_personal(folder: Path, config: dict[str, Any], shardings: Any) -> VideoDiffusion:
     """A folder with an update only, and the name of the model it updates."""
     try:
-        base = load(config["base"])
+        base = load(config["base"], **({} if shardings is None else {"shardings": shardings}))
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{folder} holds a low-rank update of the model {config['base']!r}, which is not there: give it back its "
@@ -290,7 +300,7 @@ def _find(name: str | Path, options: dict[str, Any]) -> Path:
         if (folder / "config.json").is_file() or pipelines.is_pipeline(folder):
             return folder
     if hub.is_hub_name(name):
-        return hub.download(str(name), variant=options.get("variant"), **wanted)
+        return pipelines.download(str(name), variant=options.get("variant"), **wanted)
     bundled = sorted(path.parent.name for path in ASSETS.glob("*/config.json"))
     raise FileNotFoundError(
         f"no model {str(name)!r}: give a run folder, a saved folder, a diffusers pipeline, a name on the hub "

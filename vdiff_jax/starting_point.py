@@ -17,6 +17,7 @@ from vdiff_jax.models.text_encoder import TextEncoderConfig
 from vdiff_jax.pipeline import VideoDiffusion, load
 from vdiff_jax.recipe import DataConfig, Recipe
 from vdiff_jax.training.timestep_objective import PLAIN_WEIGHTING
+from vdiff_jax.types import Params
 
 COMPUTE_FIELDS = ("dtype", "remat", "attention_implementation")
 """How a network is computed: the recipe's choice, whoever made the weights."""
@@ -40,14 +41,14 @@ def load_on(name: str, mesh: Mesh) -> VideoDiffusion:
 
     Raises FileNotFoundError if there is no such model.
     """
-    model = load(name)
-    params = {
-        part: jax.device_put(
-            values, parallel.tree_shardings(values, mesh) if part == "unet" else parallel.replicated(mesh)
-        )
-        for part, values in model.params.items()
-    }
-    return model.with_params(params)
+
+    def split(shapes: Params) -> Any:
+        return parallel.tree_shardings(shapes, mesh)
+
+    # A public network may be too large for one device: every tensor goes to its devices as it is read.
+    model = load(name, shardings=split)
+    others = {part: values for part, values in model.params.items() if part != "unet"}
+    return model.with_params(jax.device_put(others, parallel.replicated(mesh)))
 
 
 def is_public(start: VideoDiffusion | None) -> bool:

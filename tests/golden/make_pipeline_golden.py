@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import transformers
 from golden.make_unet_golden import BUFFERS
-from golden.pipeline_cases import CASES, GUIDANCE, NEGATIVE, PROMPT, SIZE, STEPS, SVD, image, start_noise
+from golden.pipeline_cases import CASES, FPS, GUIDANCE, NEGATIVE, PROMPT, SIZE, STEPS, SVD, image, start_noise
 from golden.seeded_weights import seeded_input, seeded_weights
 from golden.unet_cases import CASES as UNETS
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -80,32 +80,58 @@ def prompted(family: str) -> Any:
     return diffusers.AnimateDiffPipeline(unet=unet("image"), motion_adapter=seeded(adapter), **parts)
 
 
-def image_to_video() -> Any:
+def image_encoder() -> torch.nn.Module:
     vision = CLIPVisionConfig(
         hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=224, patch_size=56,
         projection_dim=24, hidden_act="gelu",
     )  # fmt: skip
+    return seeded(CLIPVisionModelWithProjection(vision))
+
+
+def feature_extractor() -> Any:
+    return getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)()
+
+
+def picture_and_prompt() -> Any:
+    text = text_encoder()
+    if not hasattr(text, "text_model"):  # as in transformers 4, where this pipeline looks for the last norm
+        object.__setattr__(text, "text_model", text)
+    return diffusers.I2VGenXLPipeline(
+        vae=autoencoder(),
+        text_encoder=text,
+        tokenizer=CLIPTokenizer.from_pretrained(TOKENIZER),
+        image_encoder=image_encoder(),
+        feature_extractor=feature_extractor(),
+        unet=unet("i2vgen"),
+        scheduler=diffusers.DDIMScheduler(
+            beta_schedule="squaredcos_cap_v2", clip_sample=False, set_alpha_to_one=True, steps_offset=1,
+            prediction_type="v_prediction",
+        ),
+    )  # fmt: skip
+
+
+def image_to_video() -> Any:
     return diffusers.StableVideoDiffusionPipeline(
         vae=seeded(
             diffusers.AutoencoderKLTemporalDecoder(
                 block_out_channels=[32, 64], layers_per_block=2, down_block_types=["DownEncoderBlock2D"] * 2
             )
         ),
-        image_encoder=seeded(CLIPVisionModelWithProjection(vision)),
+        image_encoder=image_encoder(),
         unet=unet("svd", num_frames=3),
         scheduler=diffusers.EulerDiscreteScheduler(
             beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction",
             timestep_type="continuous", use_karras_sigmas=True, sigma_min=0.002, sigma_max=700.0,
             timestep_spacing="leading", steps_offset=1, interpolation_type="linear",
         ),
-        feature_extractor=transformers.CLIPImageProcessorPil() if hasattr(transformers, "CLIPImageProcessorPil")
-        else transformers.CLIPImageProcessor(),
+        feature_extractor=feature_extractor(),
     )  # fmt: skip
 
 
 def make(family: str) -> Any:
     torch.manual_seed(0)
-    pipeline = image_to_video() if family == "svd" else prompted(family)
+    special = {"svd": image_to_video, "i2vgen": picture_and_prompt}
+    pipeline = special[family]() if family in special else prompted(family)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -125,9 +151,13 @@ def run(pipeline: Any, family: str) -> dict[str, np.ndarray]:
             ).frames  # fmt: skip
             latents = output.permute(0, 1, 3, 4, 2) if kind == "latent" else None
         else:
+            extra = {}
+            if family == "i2vgen":  # the mean of the autoencoder's posterior, not a draw
+                diffusers.models.autoencoders.vae.randn_tensor = lambda shape, **_: torch.zeros(shape)
+                extra = dict(image=_picture(), target_fps=FPS)
             output = pipeline(
                 PROMPT, negative_prompt=NEGATIVE, guidance_scale=GUIDANCE, latents=noise.permute(0, 4, 1, 2, 3),
-                output_type=kind, **common,
+                output_type=kind, **extra, **common,
             ).frames  # fmt: skip
             latents = output.permute(0, 2, 3, 4, 1) if kind == "latent" else None
         if latents is not None:

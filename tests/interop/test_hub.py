@@ -36,10 +36,17 @@ def test_only_weights_and_texts_are_asked_for(monkeypatch, tmp_path):
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(FileNotFoundError, match="owner/name on the hub has no plain safetensors weights"):
+        hub.download("owner/name")
+    (tmp_path / "a.safetensors").write_bytes(b"")
     assert hub.download("owner/name", revision="v1") == tmp_path
     assert asked["name"] == "owner/name" and asked["revision"] == "v1"
     assert not any("bin" in pattern or "ckpt" in pattern for pattern in asked["allow_patterns"])
     assert "*.fp16*" in asked["ignore_patterns"]
+    hub.download("owner/name", parts=("unet",))
+    assert set(asked["allow_patterns"]) == {"model_index.json", "unet/*.json", "unet/*.txt", "unet/*.model"} | {
+        "unet/*.safetensors*"
+    }
     hub.download("owner/name", variant="fp16")
     assert "*.fp16*.safetensors*" in asked["allow_patterns"] and asked["ignore_patterns"] is None
 

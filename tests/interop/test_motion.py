@@ -143,6 +143,23 @@ def test_an_inflated_image_network_keeps_its_weights_and_starts_without_motion(i
         inflated(larger, inflated_params)
 
 
+def test_an_adapter_that_is_not_there_is_not_passed_over(animated, image, tmp_path):
+    for folder in (image, animated / "unet"):
+        with pytest.raises(FileNotFoundError, match="no motion adapter"):
+            load_animated(folder, tmp_path / "nothing")
+    half = tmp_path / "half"
+    shutil.copytree(animated, half, ignore=shutil.ignore_patterns("motion_adapter", "unet"))
+    shutil.copytree(image, half / "unet")
+    with pytest.raises(FileNotFoundError, match="no motion adapter"):
+        vd.load(half)
+
+
+def test_fresh_modules_are_made_in_the_type_asked_for(image):
+    component, params = load_animated(image, None, dtype="bfloat16")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
+    assert component.config.family == "animatediff"
+
+
 def test_more_frames_than_positions_are_refused(animated):
     with pytest.raises(ValueError, match="9 frames are more than the 8 that this motion module has positions for"):
         vd.load(animated).generate("a red circle", num_frames=9, size=(8, 12), steps=1)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from golden.pipeline_cases import (
     CASES,
+    FPS,
     GUIDANCE,
     NEGATIVE,
     PROMPT,
@@ -57,6 +58,8 @@ def run(model, family):
         model = model.with_image(image(), size=SIZE, noise=noise, **told)
         latents = model.generate_latents([""], keys=keys, **options)
     else:
+        if family == "i2vgen":
+            model = model.with_image(image(), size=SIZE, fps=FPS)
         asked = dict(guidance_scale=GUIDANCE, negative_prompt=NEGATIVE)
         latents = model.generate_latents([PROMPT], keys=keys, **asked, **options)
     return np.asarray(latents), model.decode(latents)

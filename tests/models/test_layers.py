@@ -161,3 +161,12 @@ def test_coordinates_are_token_centres_at_any_resolution():
         np.testing.assert_allclose(where[..., 5], np.sin(np.pi * where[..., 1] / 2), atol=1e-6)
     fine, coarse = layers.coordinate_embedding(8, 8), layers.coordinate_embedding(4, 4)
     np.testing.assert_allclose(fine[..., :2].reshape(4, 2, 4, 2, 2).mean((1, 3)), coarse[..., :2], atol=1e-6)
+
+
+def test_attention_of_logits_beyond_half_precision_is_finite():
+    """Products of queries and keys are summed in float32, before they are scaled."""
+    query = jnp.full((1, 2, 1, 64), 40.0, jnp.float16)
+    key = query * jnp.array([1.0, 0.5], jnp.float16)[None, :, None, None]
+    value = jnp.arange(128, dtype=jnp.float16).reshape(1, 2, 1, 64)
+    out = attention_module.dot_product_attention(query, key, value, implementation="einsum")
+    np.testing.assert_array_equal(out[:, 0], value[:, 0])

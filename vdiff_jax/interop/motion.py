@@ -16,12 +16,13 @@ from typing import Any
 import jax
 
 from vdiff_jax.components import Component, make_component
+from vdiff_jax.interop import hub
 from vdiff_jax.interop.pretrained import load_json, save_json
 from vdiff_jax.interop.unet_rules import motion_buffers, unet_rules
 from vdiff_jax.interop.unets import IGNORED_KEYS, load_unet, unet_settings
-from vdiff_jax.interop.weight_files import Weights, open_weights
+from vdiff_jax.interop.weight_files import Weights, dtype_of, open_weights
 from vdiff_jax.interop.weights import Reading, load_params, save_weights
-from vdiff_jax.types import Params
+from vdiff_jax.types import Array, Params
 
 ORIGINAL_NAMES: tuple[tuple[str, str], ...] = (
     (r"^module\.", ""),
@@ -95,8 +96,8 @@ def load_animated(
 
     Args:
         unet_folder: a UNet2DConditionModel, or a UNetMotionModel, which brings modules of its own.
-        adapter: a folder of diffusers or a file of AnimateDiff; None, or a folder that is not there, keeps the modules
-            of a UNetMotionModel, and gives an image UNet fresh ones, with which it equals itself on every frame.
+        adapter: a folder of diffusers, a file of AnimateDiff, or a folder on the hub; None keeps the modules of a
+            UNetMotionModel, and gives an image UNet fresh ones, with which it equals itself on every frame.
         overrides: fields of `UNetConfig`. The other arguments are those of `load_unet`.
     Raises:
         FileNotFoundError, ValueError: as `load_unet`, and for an adapter that does not fit.
@@ -104,15 +105,14 @@ def load_animated(
     unet_folder = Path(unet_folder)
     source = unet_folder / "config.json"
     settings = unet_settings(load_json(source), str(source))
-    has_adapter = adapter is not None and Path(adapter).exists()
-    if settings["family"] == "animatediff" and not has_adapter:
+    if settings["family"] == "animatediff" and adapter is None:
         return load_unet(unet_folder, dtype, variant, reading=reading, **overrides)
     if settings["family"] not in ("image", "animatediff"):
         raise ValueError(f"{source}: a motion adapter needs a UNet2DConditionModel or a UNetMotionModel")
     motion: dict[str, Any] = {}
     weights = None
-    if has_adapter:
-        motion, weights = _open_adapter(Path(str(adapter)), variant)
+    if adapter is not None:
+        motion, weights = _open_adapter(adapter, variant)
     component = make_component(
         "unet", {**settings, "dtype": dtype or "float32", "family": "animatediff", **motion, **overrides}
     )
@@ -122,14 +122,33 @@ def load_animated(
     image_ignore = (*IGNORED_KEYS, r".*\.motion_modules\..*")
     image = load_params(open_weights(unet_folder, variant), rules, still, ignore=image_ignore, **load)
     if weights is None:
-        fresh = _cut(component.init(jax.random.key(0)), moving)
-        return component, combine(image, fresh)
+        return component, combine(image, _fresh(component, moving, **load))
     ignore = (*IGNORED_KEYS, r".*pos_encoder\.pe")
     modules = load_params(weights, rules, moving, renames=ORIGINAL_NAMES, ignore=ignore, **load)
     return component, combine(image, modules)
 
 
-def _open_adapter(adapter: Path, variant: str | None) -> tuple[dict[str, Any], Weights]:
+def _fresh(component: Component, moving: Params, dtype: str | None = None, **reading: Any) -> Params:
+    """New motion modules; the rest of the network is not made. Arguments as in `load_params`."""
+    if reading.get("plan") is not None:
+        return moving
+    shardings = reading.get("shardings")
+    shardings = shardings(moving) if callable(shardings) else shardings
+
+    kind = dtype_of(dtype or "float32")
+
+    def init(key: Array) -> Params:
+        return jax.tree.map(lambda x: x.astype(kind), _cut(component.init(key), moving))
+
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(0))
+
+
+def _open_adapter(adapter: str | Path, variant: str | None) -> tuple[dict[str, Any], Weights]:
+    if hub.is_hub_name(adapter):
+        adapter = hub.download(str(adapter), variant=variant)
+    adapter = Path(adapter)
+    if not adapter.exists():
+        raise FileNotFoundError(f"no motion adapter {str(adapter)!r}: give a folder, a file or owner/name on the hub")
     if adapter.is_dir():
         config = adapter / "config.json"
         return adapter_settings(load_json(config), str(config)), open_weights(adapter, variant)
@@ -170,7 +189,7 @@ def inflated(component: Component, params: Params, **motion: Any) -> tuple[Compo
     config = dataclasses.replace(component.config, family="animatediff", **motion)
     larger = make_component("unet", dataclasses.asdict(config))
     _, moving = split_motion(larger.abstract)
-    return larger, combine(params, _cut(larger.init(jax.random.key(0)), moving))
+    return larger, combine(params, _fresh(larger, moving))
 
 
 def split_motion(params: Params) -> tuple[Params, Params]:

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vdiff_jax.components import Component, make_config
+from vdiff_jax.components import Component, make_component, make_config
 from vdiff_jax.data.tokenizer import Tokenizer
+from vdiff_jax.interop import hub
 from vdiff_jax.interop.autoencoders import load_autoencoder, save_autoencoder
 from vdiff_jax.interop.motion import load_animated, save_motion_adapter
 from vdiff_jax.interop.pretrained import load_json, save_json
@@ -45,25 +46,30 @@ _CALLERS = (
     *("size", "fps", "num_frames", "steps", "guidance_scale", "first_guidance_scale", "noise"),
     *("decode_chunk_frames", "autoencoder_std"),
 )
+I2VGEN_SIZE = (704, 1280)
 SVD_SAMPLE_SIZE, SVD_SIZE = 96, (576, 1024)
 """Stable Video Diffusion's files name a square of 768 pixels; what it was trained on is this."""
 
 
 class Family(NamedTuple):
-    """How a family's pipeline is written, and what it samples with where its files do not say."""
+    """How a family's pipeline is written, and what it samples with where its files do not say.
+
+    sample_size: side of the latents.
+    """
 
     pipeline: str
+    sample_size: int
     defaults: dict[str, Any]
 
 
 FAMILIES: dict[str, Family] = {
-    "modelscope": Family("TextToVideoSDPipeline", dict(num_frames=16, steps=50, guidance_scale=9.0)),
-    "animatediff": Family("AnimateDiffPipeline", dict(num_frames=16, steps=50, guidance_scale=7.5)),
-    "image": Family("StableDiffusionPipeline", dict(num_frames=1, steps=50, guidance_scale=7.5)),
+    "modelscope": Family("TextToVideoSDPipeline", 32, dict(num_frames=16, steps=50, guidance_scale=9.0)),
+    "animatediff": Family("AnimateDiffPipeline", 64, dict(num_frames=16, steps=50, guidance_scale=7.5)),
+    "image": Family("StableDiffusionPipeline", 64, dict(num_frames=1, steps=50, guidance_scale=7.5)),
     "svd": Family(
-        "StableVideoDiffusionPipeline", dict(steps=25, guidance_scale=3.0, first_guidance_scale=1.0, fps=7.0)
+        "StableVideoDiffusionPipeline", 96, dict(steps=25, guidance_scale=3.0, first_guidance_scale=1.0, fps=7.0)
     ),
-    "i2vgen": Family("I2VGenXLPipeline", dict(num_frames=16, steps=50, guidance_scale=9.0, fps=16.0)),
+    "i2vgen": Family("I2VGenXLPipeline", 0, dict(num_frames=16, steps=50, guidance_scale=9.0, fps=16.0)),
 }
 PIPELINES = {family.pipeline: name for name, family in FAMILIES.items()} | {
     "VideoToVideoSDPipeline": "modelscope",
@@ -139,6 +145,11 @@ def load_pipeline(
         # Image encoders of the others read pictures as prompts (IP-Adapter), which is not built.
         if _present(index, place) and not (part == "image_encoder" and family not in ("svd", "i2vgen")):
             networks[part] = loader(folder / place, **how, **reading(part))
+    if "autoencoder" not in networks:
+        raise ValueError(f"{folder / INDEX} names no vae: a pipeline without an autoencoder cannot be used")
+    if family == "i2vgen" and "text_encoder" in networks:  # its pipeline reads the last layer but one
+        text, values = networks["text_encoder"]
+        networks["text_encoder"] = make_component("text_encoder", text.config_dict() | {"skip_last": 1}), values
     tokenizer = load_tokenizer(folder / "tokenizer") if _present(index, "tokenizer") else None
     components = {part: component for part, (component, _) in networks.items()}
     params = {part: values for part, (_, values) in networks.items()}
@@ -186,12 +197,15 @@ def _settings(folder: Path, family: str, components: Mapping[str, Component], to
     if family == "svd":
         settings.setdefault("num_frames", config.get("num_frames") or 25)
     size, factor = config.get("sample_size"), components["autoencoder"].config.factor
+    size = FAMILIES[family].sample_size if size is None else size
     if family == "svd" and size == SVD_SAMPLE_SIZE:
         settings["size"] = SVD_SIZE
     elif isinstance(size, int):
         settings["size"] = size * factor
     elif size is not None:
         settings["size"] = (size[0] * factor, size[1] * factor)
+    if family == "i2vgen":  # whatever its files say
+        settings["size"] = I2VGEN_SIZE
     context = tokenizer.max_length if tokenizer is not None else None
     # What a public network is not trained to leave out, it reads: padding, and every frame in the same way.
     settings = {"fps": 8.0, **settings, "attend_padding": True, "context_length": context or 77}
@@ -200,6 +214,18 @@ def _settings(folder: Path, family: str, components: Mapping[str, Component], to
 
 
 # Writing ----------------------------------------------------------------------------------------------------------
+
+
+def forget(folder: Path) -> None:
+    """Make a folder no pipeline; its other files stay."""
+    for name in (INDEX, OURS):
+        (folder / name).unlink(missing_ok=True)
+
+
+def download(name: str, **options: Any) -> Path:
+    """A pipeline on the hub, with what is read of it only, see `hub.download`."""
+    places = [place for place, _ in _PLACES.values()]
+    return hub.download(name, parts=["unet", "motion_adapter", "scheduler", "tokenizer", *places], **options)
 
 
 def save_pipeline(folder: str | Path, parts: Parts, dtype: str = "float32") -> None:
@@ -218,6 +244,7 @@ def save_pipeline(folder: str | Path, parts: Parts, dtype: str = "float32") -> N
         "scheduler": ["diffusers", scheduler["_class_name"]],
     }
     (folder / "scheduler").mkdir(parents=True, exist_ok=True)
+    forget(folder)  # until all is written, so that no mixture of two models can be loaded
     save_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     unet = components["unet"]
     save_unet(folder / "unet", unet, params["unet"], dtype, extra=_unet_extra(settings, components))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from vdiff_jax.interop import hub
-from vdiff_jax.interop.pipelines import is_pipeline, load_pipeline
+from vdiff_jax.interop.pipelines import download, is_pipeline, load_pipeline
 from vdiff_jax.interop.weights import Binding
 
 
@@ -40,8 +40,10 @@ def read(source: str | Path, **options: Any) -> Plan:
     folder that is no pipeline.
     """
     folder = Path(source)
+    if is_pipeline(folder / "model"):
+        folder = folder / "model"
     if not is_pipeline(folder) and hub.is_hub_name(source):
-        folder = hub.download(str(source), variant=options.get("variant"))
+        folder = download(str(source), variant=options.get("variant"))
     if not is_pipeline(folder):
         raise FileNotFoundError(f"{folder} is no pipeline of diffusers: it has no model_index.json")
     mapping: dict[str, list[Binding]] = {}

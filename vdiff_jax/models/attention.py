@@ -42,8 +42,9 @@ def dot_product_attention(
         if bias is not None:
             bias = bias.astype(query.dtype)
         return jax.nn.dot_product_attention(query, key, value, bias, mask, implementation=implementation)
-    logits = jnp.einsum("bnkd,bmkd->bknm", query, key) * (1.0 / math.sqrt(query.shape[-1]))
-    logits = logits.astype(jnp.float32)
+    # In float32 from the start: some checkpoints' logits are beyond the range of float16 before they are scaled.
+    logits = jnp.einsum("bnkd,bmkd->bknm", query, key, preferred_element_type=jnp.float32)
+    logits = logits * (1.0 / math.sqrt(query.shape[-1]))
     if bias is not None:
         logits = logits + bias
     if mask is not None:

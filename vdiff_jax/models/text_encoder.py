@@ -39,6 +39,7 @@ class TextEncoderConfig:
         after the embeddings). causal: tokens see earlier tokens only (CLIP). attend_padding: the mask is not looked at,
         as in the diffusion models that were trained on CLIP's features of whole contexts. token_types: rows of BERT's
         segment table, of which row 0 is used; 0 = no such table.
+    skip_last: layers at the end whose states are left aside ("clip skip"): kept in files, not computed.
     projection: width of the linear layer on the pooled state; 0 = none. pooled_token: the id whose state, at its first
         place, stands for the prompt; -1 = the largest id of the prompt, which is where CLIP has its end token.
     """
@@ -56,6 +57,7 @@ class TextEncoderConfig:
     token_types: int = 0
     projection: int = 0
     pooled_token: int = -1
+    skip_last: int = 0
     epsilon: float = 1e-5
     dtype: str = "float32"
 
@@ -146,7 +148,7 @@ class TextEncoder(nnx.Module):
 
     def __call__(self, tokens: Array, mask: Array) -> Array:
         """Raises ValueError if the tokens are longer than the context."""
-        x = self.hidden_states(tokens, mask)[-1]
+        x = self.hidden_states(tokens, mask)[-1 - self.config.skip_last]
         x = self.final_norm(x) if self.final_norm is not None else x
         return x.astype(jnp.float32)
 

@@ -87,7 +87,7 @@ class VideoUNet(nnx.Module):
                 width = narrow
         self.up, self.upsamplers = nnx.List(up), nnx.List(upsamplers)
 
-        self.norm_out = GroupNorm(width, groups=config.norm_groups, scope="frame", epsilon=1e-5, dtype=dtype)
+        self.norm_out = GroupNorm(width, groups=config.norm_groups, scope=config.resnet_norm, epsilon=1e-5, dtype=dtype)
         self.conv_out = FrameConv(width, config.latent_channels, init_scale=0.0)
         self.linear_path = LinearPath(config) if config.linear_path else None
 

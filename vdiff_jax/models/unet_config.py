@@ -38,7 +38,7 @@ class UNetConfig:
     added_features: sinusoids per number in `cond.added` (SVD: 256); added_count: how many numbers.
     motion_*: AnimateDiff's modules: heads, layers, whether one stands in the middle, length of their table of
         positions, scope of their norm ("video" as diffusers computes it, "frame" as AnimateDiff's own code).
-    resnet_norm: scope of the residual blocks' norms; "video" in the first version of AnimateDiff only.
+    resnet_norm: scope of the residual blocks' norms and the last one; "video" in the first version of AnimateDiff only.
     conv_projection: the projections around the spatial transformers are stored as 1 x 1 convolutions (SD 1.x). Same
         numbers, another layout of the file.
     """
