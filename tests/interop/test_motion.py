@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from golden.pipeline_cases import write_pipeline
 from golden.seeded_weights import seeded_weights
 from golden.unet_cases import CASES
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 import vdiff_jax as vd
 from vdiff_jax.interop.motion import inflated, load_animated, save_motion_adapter, split_motion
 from vdiff_jax.interop.unets import load_unet
+from vdiff_jax.models.unet import VideoUNet
 from vdiff_jax.parallel import path_name
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -126,6 +128,7 @@ def test_files_of_animatediff_itself_are_read_with_the_norms_of_its_code(
     config = component.config
     assert (config.motion_norm, config.resnet_norm, config.motion_positions) == ("frame", resnet_norm, positions)
     assert not config.motion_mid and config.motion_heads == 8
+    assert nnx.eval_shape(lambda: VideoUNet(config)).norm_out.scope == resnet_norm  # the last one too
     assert_same(params, load_unet(animated / "unet")[1])
     with pytest.raises(ValueError, match="diffusers computes the norms of motion modules over the clip only"):
         vd.load(animated, motion_adapter=tmp_path / "mm.safetensors").save_pretrained(tmp_path / "saved")
