@@ -147,8 +147,9 @@ class LatentModel:
         if noise is not None:
             job = dataclasses.replace(job, z=self.schedule.start_std(steps) * jnp.asarray(noise, job.z.dtype))
         wrappers = self.guidance(cond, negative_prompt, guidance_scale, guidance_interval, guidance_rescale)
-        finish = self.schedule.finish
-        return self.run(sample, job, self.sampler(sampler, eta), keys, wrappers=wrappers, finish=finish)
+        # Said only where it is not the default: otherwise this is the program that the editing tasks compiled.
+        finish = {} if self.schedule.finish else {"finish": False}
+        return self.run(sample, job, self.sampler(sampler, eta), keys, wrappers=wrappers, **finish)
 
     def steps(self, steps: int | None) -> int:
         """The number of denoising steps, the model's own for None. Raises ValueError below 1."""
