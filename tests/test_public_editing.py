@@ -86,6 +86,8 @@ def test_every_task_runs_on_a_text_to_video_model(models, clip, task):
 
 
 def test_an_image_to_video_model_edits_with_the_first_frame_as_its_picture(models, clip):
+    wider = models["svd"].outpaint(clip, left=4)  # of another size, so its picture is read anew
+    assert wider.frames.shape == (FRAMES, SIZE[0], SIZE[1] + 4, 3)
     made = models["svd"].editor(clip).edit("", method="sdedit", strength=0.5)
     assert made.frames.shape == clip.frames.shape and np.any(made.frames != clip.frames)
 

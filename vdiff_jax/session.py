@@ -54,9 +54,9 @@ class Session:
             raise ValueError(f"stride={stride}: it must be above 0")
         if window is not None and window < 1:
             raise ValueError(f"window={window} frames: it must be at least 1")
-        if model.needs_image:
-            model = model.with_image(clip, size=size)
-        self.model, self.clip, self.stride = model, clip, stride
+        self.given = model
+        self.model = model.with_image(clip, size=size) if model.needs_image else model
+        self.clip, self.stride = clip, stride
         self.latent_size = model.latent_size(size)
         factor = model.components["autoencoder"].config.factor
         self.height, self.width = (side * factor for side in self.latent_size)
@@ -121,7 +121,7 @@ class Session:
     def on(self, clip: Clip, size: tuple[int, int] | None = None) -> Self:
         """A session on another clip with the same settings; size: another one at which the model works."""
         size = size or (self.height, self.width)
-        return type(self)(self.model, clip, size=size, window=self.window, overlap=self.overlap, stride=self.stride)
+        return type(self)(self.given, clip, size=size, window=self.window, overlap=self.overlap, stride=self.stride)
 
     def small_mask(self, mask: np.ndarray) -> np.ndarray:
         """The mask at the model's size: what a covered pixel touches is covered; `[f h w]` f32, 0 or 1."""
