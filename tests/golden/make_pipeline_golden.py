@@ -92,10 +92,15 @@ def feature_extractor() -> Any:
     return getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)()
 
 
+def named_as_before(text: Any) -> None:
+    """A text encoder as in transformers 4, where I2VGen-XL's pipeline looks for its last norm."""
+    if not hasattr(text, "text_model"):
+        object.__setattr__(text, "text_model", text)
+
+
 def picture_and_prompt() -> Any:
     text = text_encoder()
-    if not hasattr(text, "text_model"):  # as in transformers 4, where this pipeline looks for the last norm
-        object.__setattr__(text, "text_model", text)
+    named_as_before(text)
     return diffusers.I2VGenXLPipeline(
         vae=autoencoder(),
         text_encoder=text,
