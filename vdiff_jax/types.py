@@ -39,6 +39,7 @@ Batch: TypeAlias = dict[str, Array]
     token_mask  bool [b n]         True at real tokens
     times       f32  [b f]         time stamp of each frame, in native frame intervals
     anchor      bool [b]           True where frame 0 is a far anchor frame (optional)
+    valid       bool [b f]         True at real frames, which come first; the rest fills the clip up (optional)
 """
 
 
@@ -74,6 +75,11 @@ class Conditioning:
     image_latents: `[b f h w c]` f32, the image's latents on every frame, as further input channels.
     image_embedding: `[b d]` f32, of an image encoder (I2VGen-XL; SVD reads its own as the one token of `text`).
     added: `[b k]` f32, numbers about the clip: fps - 1, motion bucket, noise augmentation (SVD); fps (I2VGen-XL).
+
+    And all networks:
+
+    valid: `[b f]` bool, True at real frames, or None where all are. Frames that fill a clip up to the length of its
+        batch change nothing in the real ones, if `times` goes on over them in the clip's last step.
     """
 
     text: Float[Array, "b n d"] | None
@@ -83,6 +89,7 @@ class Conditioning:
     image_latents: Latents | None = None
     image_embedding: Float[Array, "b d"] | None = None
     added: Float[Array, "b k"] | None = None
+    valid: Bool[Array, "b f"] | None = None
 
 
 @struct

@@ -100,16 +100,18 @@ def draw_batch(
     height: int,
     width: int,
     anchor: Array | None = None,
+    length: Array | None = None,
 ) -> Pattern:
-    """Patterns of a batch, levels stratified over it; see `draw`. anchor: `[b]` bool or None."""
+    """Patterns of a batch, levels stratified over it; see `draw`. anchor: `[b]` bool, length: `[b]` i32, or None."""
     u_key, clips_key = jax.random.split(key)
     u = stratified_u(u_key, batch)
     keys = jax.random.split(clips_key, batch)
 
-    def one(key: Array, u: Array, anchor: Array | None) -> Pattern:
-        return draw(key, mixture, schedule, num_frames, height, width, u, anchor)
+    def one(key: Array, u: Array, anchor: Array | None, length: Array | None) -> Pattern:
+        return draw(key, mixture, schedule, num_frames, height, width, u, anchor, length)
 
-    return jax.vmap(one, in_axes=(0, 0, None if anchor is None else 0))(keys, u, anchor)
+    optional = [None if value is None else 0 for value in (anchor, length)]
+    return jax.vmap(one, in_axes=(0, 0, *optional))(keys, u, anchor, length)
 
 
 def draw(
@@ -121,6 +123,7 @@ def draw(
     width: int,
     u: Array,
     anchor: Array | None = None,
+    length: Array | None = None,
 ) -> Pattern:
     """The pattern of one clip.
 
@@ -128,6 +131,8 @@ def draw(
         u: scalar in [0, 1], the schedule's coordinate of the clip's level.
         anchor: bool, True where the loader put an anchor at frame 0; the clip is then a known prefix. Clips without
             are drawn so that the mixture as a whole keeps its probabilities. None: the loader knows no anchors.
+        length: i32, how many of the frames are real; the pattern is one of that many, and of the frames beyond it
+            nothing is known. None: all are.
     """
     if num_frames == 1:
         return Pattern(
@@ -137,20 +142,24 @@ def draw(
             context_logsnr=jnp.full((1,), mixture.context_logsnr_max),
         )
     choice_key, frames_key, hole_key, ramp_key, level_key, context_key = jax.random.split(key, 6)
+    count = num_frames if length is None else length
     choice = _draw_choice(choice_key, mixture, anchor)
+    choice = jnp.where(count == 1, 0, choice)  # an image, however many frames follow it
     row = jnp.asarray(_ROW_OF_CHOICE)[choice]
 
-    frames = _known_frames(frames_key, mixture, num_frames, choice, anchor)
-    hole = _hole(hole_key, mixture, num_frames, height, width)
+    index = jnp.arange(num_frames)
+    frames = _known_frames(frames_key, mixture, num_frames, choice, anchor, count)
+    hole = _hole(hole_key, mixture, num_frames, height, width, count)
     mask = jnp.where(row == ROWS.index("hole"), hole, frames[:, None, None])
     # However small the clip, something must be left to learn from.
-    everything = jnp.all(mask)
-    mask = jnp.where(everything & (jnp.arange(num_frames) == num_frames - 1)[:, None, None], False, mask)
+    everything = jnp.all(mask | (index >= count)[:, None, None])
+    left_out = (index >= count) | (everything & (index == count - 1))
+    mask = jnp.where(left_out[:, None, None], False, mask)
 
     level = schedule.logsnr(u)
     independent = schedule.logsnr(jax.random.uniform(level_key, (num_frames,)))
     logsnr = jnp.where(row == ROWS.index("independent"), independent, level)
-    logsnr = jnp.where(row == ROWS.index("ramp"), _ramp(ramp_key, mixture, schedule, num_frames, level), logsnr)
+    logsnr = jnp.where(row == ROWS.index("ramp"), _ramp(ramp_key, mixture, schedule, num_frames, level, count), logsnr)
     return Pattern(
         row=row.astype(jnp.int32),
         mask=mask.astype(jnp.float32)[..., None],
@@ -177,56 +186,62 @@ def _context_logsnr(key: Array, mixture: Mixture) -> Array:
     return jnp.where(jax.random.bernoulli(clean_key, mixture.clean_context), mixture.context_logsnr_max, noisy)
 
 
-def _draw_integer(value: Array, low: int, high: int) -> Array:
+def _draw_integer(value: Array, low: int, high: int | Array) -> Array:
     """A uniform number in [0, 1) turned into an integer in low..high, both included."""
     return low + jnp.floor(value * (high - low + 1)).astype(jnp.int32)
 
 
-def _known_frames(key: Array, mixture: Mixture, num_frames: int, choice: Array, anchor: Array | None) -> Array:
-    """`[f]` bool, which frames are known entirely; all False for rows other than known_frames and ramp."""
+def _known_frames(
+    key: Array, mixture: Mixture, num_frames: int, choice: Array, anchor: Array | None, count: int | Array
+) -> Array:
+    """`[f]` bool, which of the first `count` frames are known entirely; all False for rows without such frames."""
     index = jnp.arange(num_frames)
     value = jax.random.uniform(key, (num_frames + 5,))
-    longest = max(1, num_frames - 2)
-    ends = min(2, max(1, (num_frames - 1) // 2))
+    longest = jnp.maximum(1, count - 2)
+    ends = jnp.clip((count - 1) // 2, 1, 2)
 
     prefix = _draw_integer(value[0], 1, longest)
     if anchor is not None:  # the anchor stands before a prefix of its own
-        prefix = jnp.where(anchor, jnp.minimum(prefix + 1, num_frames - 1), prefix)
+        prefix = jnp.where(anchor, jnp.minimum(prefix + 1, count - 1), prefix)
     head, tail = _draw_integer(value[1], 1, ends), _draw_integer(value[2], 1, ends)
     every = jnp.where(value[3] < 0.5, 2, 4)
     density = 0.1 + 0.5 * value[4]
-    ramp_head = jnp.minimum(_draw_integer(value[0], 0, 2), num_frames - 1)
+    ramp_head = jnp.minimum(_draw_integer(value[0], 0, 2), count - 1)
 
     kinds = {
         "prefix": index < prefix,
-        "both_ends": (index < head) | (index >= num_frames - tail),
+        "both_ends": (index < head) | (index >= count - tail),
         "first_only": index < 1,
         "every_nth": index % every == 0,
         "random_frames": value[5:] < density,
-        "suffix": index >= num_frames - prefix,
+        "suffix": index >= count - prefix,
         "ramp": index < ramp_head,
     }
     nothing = jnp.zeros((num_frames,), bool)
     return jnp.stack([kinds.get(name, nothing) for name in _CHOICES])[choice]
 
 
-def _ramp(key: Array, mixture: Mixture, schedule: Schedule, num_frames: int, level: Array) -> Array:
-    """`[f]` levels, linear over frames through `level` at a random frame; the whole range takes 2..f frames."""
+def _ramp(key: Array, mixture: Mixture, schedule: Schedule, num_frames: int, level: Array, count: int | Array) -> Array:
+    """`[f]` levels, linear over frames through `level` at a random one of `count`; the whole range takes 2..count."""
     value = jax.random.uniform(key, (3,))
     low, high = schedule.logsnr_min, schedule.logsnr_max
-    slope = (high - low) / (2 + (num_frames - 2) * value[0])
+    slope = (high - low) / (2 + jnp.maximum(count - 2, 0) * value[0])
     slope = jnp.where(value[1] < mixture.rising_ramp, slope, -slope)
-    centre = value[2] * (num_frames - 1)
+    centre = value[2] * (count - 1)
     return jnp.clip(level + slope * (jnp.arange(num_frames) - centre), low, high)
 
 
-def _hole(key: Array, mixture: Mixture, num_frames: int, height: int, width: int) -> Array:
-    """`[f h w]` bool, known everywhere but in a hole of random kind. Every hole holds at least one token."""
+def _hole(key: Array, mixture: Mixture, num_frames: int, height: int, width: int, count: int | Array) -> Array:
+    """`[f h w]` bool, known everywhere but in a hole of random kind, in motion over the first `count` frames.
+
+    Every hole holds at least one token.
+    """
     value = jax.random.uniform(key, (40,))
     size = jnp.array([height, width], jnp.float32)
     y = jnp.arange(height, dtype=jnp.float32)[None, :, None]
     x = jnp.arange(width, dtype=jnp.float32)[None, None, :]
-    time = jnp.linspace(-0.5, 0.5, num_frames)[:, None, None]
+    index = jnp.arange(num_frames)
+    time = (index / jnp.maximum(count - 1, 1) - 0.5)[:, None, None]
 
     # Tube and moving box: half extents .1 to .4 of the grid, at least half a token so that one centre is inside.
     start = value[0:2] * (size - 1)
@@ -242,18 +257,17 @@ def _hole(key: Array, mixture: Mixture, num_frames: int, height: int, width: int
     beyond = jnp.cos(angle) * (y - start[0]) + jnp.sin(angle) * (x - start[1])
     half_plane = jnp.broadcast_to(beyond >= 0, (num_frames, height, width))
 
-    brush = _brush(value[10:], num_frames, height, width)
+    brush = _brush(value[10:], time[:, :, 0], height, width)
     kind = _draw_integer(value[7], 0, 3)
     hole = jnp.stack([tube, box, half_plane, brush])[kind]
-    at_end = (jnp.arange(num_frames) % (num_frames - 1) == 0)[:, None, None]
-    with_ends = (value[8] < mixture.hole_with_ends) & (num_frames > 2)
+    at_end = ((index == 0) | (index == count - 1))[:, None, None]
+    with_ends = (value[8] < mixture.hole_with_ends) & (count > 2)
     return ~hole | (with_ends & at_end)
 
 
-def _brush(value: Array, num_frames: int, height: int, width: int) -> Array:
-    """`[f h w]` bool, a union of five drifting discs; value: `[30]` uniform."""
+def _brush(value: Array, time: Array, height: int, width: int) -> Array:
+    """`[f h w]` bool, a union of five drifting discs; value: `[30]` uniform; time: `[f 1]`, -1/2 .. 1/2."""
     centre_y, centre_x, drift_y, drift_x, radius, _ = jnp.split(value, 6)
-    time = jnp.linspace(-0.5, 0.5, num_frames)[:, None]
     path_y = jnp.clip(centre_y[None] * (height - 1) + (drift_y[None] - 0.5) * height * time, 0, height - 1)
     path_x = jnp.clip(centre_x[None] * (width - 1) + (drift_x[None] - 0.5) * width * time, 0, width - 1)
     radius = jnp.maximum((0.05 + 0.15 * radius) * min(height, width), 0.75)  # .75 > sqrt(1/2): one centre is inside

@@ -57,14 +57,14 @@ class ResBlock(nnx.Module):
         self.conv2 = FrameConv(out_features, out_features, init_scale=0.0, dtype=dtype)
         self.shortcut = Dense(in_features, out_features, dtype=dtype) if in_features != out_features else None
 
-    def __call__(self, x: Array, embedding: Array | None = None) -> Array:
+    def __call__(self, x: Array, embedding: Array | None = None, *, valid: Array | None = None) -> Array:
         scale = shift = None
         if self.film is not None and embedding is not None:
             scale, shift = jnp.split(self.film(jax.nn.silu(embedding)), 2, axis=-1)
-        h = self.conv1(jax.nn.silu(self.norm1(x)))
+        h = self.conv1(jax.nn.silu(self.norm1(x, valid=valid)))
         if self.time is not None and embedding is not None:
             h = h + self.time(jax.nn.silu(embedding))[:, :, None, None]
-        h = self.conv2(jax.nn.silu(self.norm2(h, scale, shift)))
+        h = self.conv2(jax.nn.silu(self.norm2(h, scale, shift, valid=valid)))
         return h + (x if self.shortcut is None else self.shortcut(x))
 
 
@@ -109,10 +109,10 @@ class TransformerLayer(nnx.Module):
         normed = normed if added_position is None else normed + added_position
         return tokens + self.attn1(normed, position=position, mask=mask, style_weight=style_weight)
 
-    def attend_again(self, tokens: Array, *, added_position: Array | None = None) -> Array:
+    def attend_again(self, tokens: Array, *, added_position: Array | None = None, mask: Array | None = None) -> Array:
         assert self.attn2 is not None and self.norm2 is not None
         normed = self.norm2(tokens)
-        return tokens + self.attn2(normed if added_position is None else normed + added_position)
+        return tokens + self.attn2(normed if added_position is None else normed + added_position, mask=mask)
 
     def cross(self, tokens: Array, text: Array, text_mask: Array | None) -> Array:
         assert self.attn2 is not None and self.norm2 is not None
@@ -174,10 +174,15 @@ class SpatialTransformer(nnx.Module):
 
 
 def spatial_layer(
-    layer: TransformerLayer, tokens: Array, cond: Conditioning, batch: int, style_weight: Array | None = None
+    layer: TransformerLayer,
+    tokens: Array,
+    cond: Conditioning,
+    batch: int,
+    style_weight: Array | None = None,
+    mask: Array | None = None,
 ) -> Array:
     """One transformer layer over the tokens of each frame, `[(b f) n d]`, with cross-attention to the prompt."""
-    tokens = layer.attend(tokens, style_weight=style_weight)
+    tokens = layer.attend(tokens, style_weight=style_weight, mask=mask)
     if cond.text is not None and layer.attn2 is not None:
         # All tokens of a clip share the prompt: one long query instead of a text copy per frame.
         flat = rearrange(tokens, "(b f) n c -> b (f n) c", b=batch)

@@ -13,6 +13,7 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
+from vdiff_jax.models import frame_axis
 from vdiff_jax.models.attention import Attention
 from vdiff_jax.models.layers import (
     COORDINATE_FEATURES,
@@ -28,23 +29,25 @@ from vdiff_jax.types import Array, Conditioning, Latents, LogSNR
 TIME_FEATURES = 64
 
 
-def time_embedding(times: Array) -> Array:
-    """`[b f] -> [b f 3 * 64]`: sinusoids of the time from the middle of the window and of the gaps to both neighbours.
+def time_embedding(cond: Conditioning) -> Array:
+    """`[b f 3 * 64]`: sinusoids of the time from the middle of the window and of the gaps to both neighbours.
 
-    Shifting a clip in time changes nothing. A single frame has gaps of zero.
+    Shifting a clip in time changes nothing. A single frame has gaps of zero. Of a clip split over devices (see
+    `frame_axis`), only the frames that are here.
     """
-    times = times.astype(jnp.float32)
+    times = jnp.asarray(cond.times, jnp.float32)
     gaps = jnp.diff(times, axis=1)
     first, last = (gaps[:, :1], gaps[:, -1:]) if times.shape[1] > 1 else (jnp.zeros_like(times),) * 2
     stamps = jnp.stack(
         [
-            times - times.mean(axis=1, keepdims=True),
+            times - times.mean(axis=1, keepdims=True, where=cond.valid),
             jnp.concatenate([first, gaps], axis=1),
             jnp.concatenate([gaps, last], axis=1),
         ],
         axis=-1,
     )
-    return sinusoidal_embedding(stamps, TIME_FEATURES, max_period=200.0).reshape(*times.shape, -1)
+    stamps = frame_axis.here(stamps)
+    return sinusoidal_embedding(stamps, TIME_FEATURES, max_period=200.0).reshape(*stamps.shape[:2], -1)
 
 
 def pool_text(text: Array, text_mask: Array | None) -> Array:
@@ -69,7 +72,7 @@ class FrameEmbedding(nnx.Module):
 
     def __call__(self, logsnr: LogSNR, cond: Conditioning) -> Array:
         angle = jnp.arctan(jnp.exp(-0.5 * jnp.clip(logsnr, -40.0, 40.0))) * (2.0 / jnp.pi)
-        hidden = self.level(sinusoidal_embedding(1000.0 * angle, self.features)) + self.time(time_embedding(cond.times))
+        hidden = self.level(sinusoidal_embedding(1000.0 * angle, self.features)) + self.time(time_embedding(cond))
         if self.text is not None and cond.text is not None:
             hidden = hidden + self.text(pool_text(cond.text, cond.text_mask))[:, None]
         return self.hidden(jax.nn.silu(hidden))
@@ -96,7 +99,7 @@ class PromptLayout(nnx.Module):
         """shape: `(b, f, h, w, ...)` of the latents. Zero without a prompt."""
         if cond.text is None:
             return jnp.zeros((*shape[:4], self.features))
-        wanted = self.prompt(pool_text(cond.text, cond.text_mask))[:, None] * self.time(time_embedding(cond.times))
+        wanted = self.prompt(pool_text(cond.text, cond.text_mask))[:, None] * self.time(time_embedding(cond))
         return wanted[:, :, None, None] * self.place(coordinate_embedding(shape[2], shape[3]))[None, None]
 
 
@@ -158,9 +161,9 @@ class ImageContext(nnx.Module):
         """
         if cond.image_latents is None or cond.image_embedding is None or cond.text is None:
             raise ValueError("this network animates an image: it needs cond.text, .image_latents and .image_embedding")
-        channels = self._channels(cond.image_latents)
+        channels = self._channels(cond.image_latents, cond.valid)
         first, second, third = self.token_convs
-        x = jax.nn.silu(first(cond.image_latents[:, :1]))
+        x = jax.nn.silu(first(frame_axis.first_frame(cond.image_latents)))
         x = third(jax.nn.silu(second(adaptive_mean(x, 32))))
         tokens = rearrange(x, "b 1 h w c -> b (h w) c")
         extra = self.embedding_out(jax.nn.silu(self.embedding_in(cond.image_embedding)))
@@ -171,14 +174,13 @@ class ImageContext(nnx.Module):
             mask = jnp.pad(mask, ((0, 0), (0, text.shape[1] - mask.shape[1])), constant_values=True)
         return channels, dataclasses.replace(cond, text=text, text_mask=mask)
 
-    def _channels(self, image_latents: Latents) -> Array:
+    def _channels(self, image_latents: Latents, valid: Array | None) -> Array:
         first, second, third = self.input_convs
         x = third(jax.nn.silu(second(jax.nn.silu(first(image_latents)))))
-        _, _, height, width, _ = x.shape
-        tokens = rearrange(x, "b f h w c -> (b h w) f c")
-        tokens = tokens + self.attention(self.norm(tokens))
+        tokens = frame_axis.to_pixels(x)
+        tokens = tokens + self.attention(self.norm(tokens), mask=frame_axis.attention_mask(valid, tokens))
         tokens = tokens + self.proj_out(jax.nn.gelu(self.proj_in(tokens), approximate=False))
-        return rearrange(tokens, "(b h w) f c -> b f h w c", h=height, w=width)
+        return frame_axis.to_frames(tokens, x)
 
 
 def adaptive_mean(x: Array, size: int) -> Array:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.custom_derivatives import linear_call
 
+from vdiff_jax.models import frame_axis
 from vdiff_jax.models.functional import parameter
 from vdiff_jax.types import Array
 
@@ -132,17 +133,20 @@ class FrameConv(nnx.Module):
 
 
 class TemporalConv(nnx.Module):
-    """3 x 1 x 1 convolution over frames, `[b f h w in] -> [b f h w out]`, zero padded; kernel `[3 in out]`."""
+    """3 x 1 x 1 convolution over frames, `[b f h w in] -> [b f h w out]`, zero padded; kernel `[3 in out]`.
+
+    valid: `[b f]`, frames that count; the others are zeros to their neighbours. See `frame_axis`.
+    """
 
     def __init__(self, in_features: int, out_features: int, *, init_scale: float = 1.0, dtype=jnp.float32):
         self.kernel = parameter((3, in_features, out_features), std=init_scale / math.sqrt(3 * in_features))
         self.bias = parameter((out_features,))
         self.dtype = dtype
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, valid: Array | None = None) -> Array:
         kernel = self.kernel[...].astype(self.dtype)
         num_frames = x.shape[1]
-        padded = jnp.pad(x.astype(self.dtype), ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
+        padded = frame_axis.with_neighbours(x.astype(self.dtype), valid)
         y = jnp.zeros((), self.dtype)
         for tap in range(3):  # shifted dots: XLA:CPU runs them several times faster than a 3-D convolution
             shifted = jax.lax.slice_in_dim(padded, tap, tap + num_frames, axis=1)
@@ -155,8 +159,8 @@ class GroupNorm(nnx.Module):
     """Group normalisation with a named scope (Wu & He 2018), in fp32, optionally modulated (FiLM).
 
     scope "frame" (`frame_norm`): statistics over h, w and the channels of a group, each frame by itself, as in an
-    image model. scope "video" (`video_norm`): jointly over frames too. `x [b f h w c]`; `scale, shift [b f c]`
-    modulate the output as `(1 + scale) * y + shift`.
+    image model. scope "video" (`video_norm`): jointly over frames too, those that are `valid` (see `frame_axis`).
+    `x [b f h w c]`; `scale, shift [b f c]` modulate the output as `(1 + scale) * y + shift`.
     """
 
     def __init__(self, features: int, *, groups: int, scope: Scope, epsilon: float, dtype=jnp.float32):
@@ -166,18 +170,22 @@ class GroupNorm(nnx.Module):
         self.bias = parameter((features,))
         self.groups, self.scope, self.epsilon, self.dtype = groups, scope, epsilon, dtype
 
-    def __call__(self, x: Array, scale: Array | None = None, shift: Array | None = None) -> Array:
-        axes = (2, 3) if self.scope == "frame" else (1, 2, 3)
+    def __call__(
+        self, x: Array, scale: Array | None = None, shift: Array | None = None, *, valid: Array | None = None
+    ) -> Array:
         x32 = x.astype(jnp.float32)
         # Per channel first, then over the channels of a group: the big reduction stays contiguous.
-        mean = self._over_group(jnp.mean(x32, axes, keepdims=True))
-        square = self._over_group(jnp.mean(jnp.square(x32), axes, keepdims=True))
+        mean = self._over_group(self._mean(x32, valid))
+        square = self._over_group(self._mean(jnp.square(x32), valid))
         gain = jax.lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0.0) + self.epsilon) * self._per_channel(self.scale)
         offset = self._per_channel(self.bias) - mean * gain
         if scale is not None and shift is not None:
             modulation = 1.0 + scale.astype(jnp.float32)[:, :, None, None, :]
             gain, offset = gain * modulation, offset * modulation + shift.astype(jnp.float32)[:, :, None, None, :]
         return (x32 * gain + offset).astype(self.dtype)
+
+    def _mean(self, x: Array, valid: Array | None) -> Array:
+        return jnp.mean(x, (2, 3), keepdims=True) if self.scope == "frame" else frame_axis.clip_mean(x, valid)
 
     def _over_group(self, statistic: Array) -> Array:
         grouped = statistic.reshape(*statistic.shape[:-1], self.groups, -1)

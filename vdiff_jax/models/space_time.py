@@ -64,12 +64,12 @@ class SpaceTimeBlock(nnx.Module):
         self.temporal = _temporal(config, out_features, attention, motion, heads)
 
     def __call__(self, x: Array, embedding: Array, cond: Conditioning) -> Array:
-        x = self.res(x, embedding)
+        x = self.res(x, embedding, valid=cond.valid)
         if self.temporal_conv is not None:
-            x = self.temporal_conv(x, embedding)
+            x = self.temporal_conv(x, embedding, valid=cond.valid)
         if self.spatial is not None:
             x = self.spatial(x, cond)
-        return x if self.temporal is None else self.temporal(x, cond.times)
+        return x if self.temporal is None else self.temporal(x, cond.times, cond.valid)
 
 
 def _temporal_conv(config: UNetConfig, features: int, epsilon: float, shared: dict[str, Any]) -> Any:

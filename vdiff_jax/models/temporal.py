@@ -1,7 +1,8 @@
 """The blocks that mix frames: convolutions, attention over time, and mixtures of both with what one frame says.
 
-All map `[b f h w c] -> [b f h w c]`. Temporal branches of new networks end in a zero-initialised layer, so a network
-with fresh ones equals the image model it started from, frame by frame.
+All map `[b f h w c] -> [b f h w c]`; frames that are not `valid [b f]` change nothing in the others (`frame_axis`).
+Temporal branches of new networks end in a zero-initialised layer, so a network with fresh ones equals the image model
+it started from, frame by frame.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange, repeat
+from einops import rearrange
 from flax import nnx
 
+from vdiff_jax.models import frame_axis
 from vdiff_jax.models.blocks import TransformerLayer, spatial_layer
 from vdiff_jax.models.functional import parameter
 from vdiff_jax.models.layers import (
@@ -36,9 +38,9 @@ class TemporalConvBlock(nnx.Module):
         self.film = Dense(embedding_features, 2 * features, init_scale=0.0)
         self.conv = TemporalConv(features, features, init_scale=0.0, dtype=dtype)
 
-    def __call__(self, x: Array, embedding: Array) -> Array:
+    def __call__(self, x: Array, embedding: Array, *, valid: Array | None = None) -> Array:
         scale, shift = jnp.split(self.film(jax.nn.silu(embedding)), 2, axis=-1)
-        return x + self.conv(jax.nn.silu(self.norm(x, scale, shift)))
+        return x + self.conv(jax.nn.silu(self.norm(x, scale, shift, valid=valid)), valid)
 
 
 class TemporalConvStack(nnx.Module):
@@ -53,10 +55,10 @@ class TemporalConvStack(nnx.Module):
         scales = (1.0, 1.0, 1.0, 0.0)
         self.convs = nnx.List([TemporalConv(features, features, init_scale=scale, dtype=dtype) for scale in scales])
 
-    def __call__(self, x: Array, embedding: Array) -> Array:
+    def __call__(self, x: Array, embedding: Array, *, valid: Array | None = None) -> Array:
         h = x
         for norm, conv in zip(self.norms, self.convs):
-            h = conv(jax.nn.silu(norm(h)))
+            h = conv(jax.nn.silu(norm(h, valid=valid)), valid)
         return x + h
 
 
@@ -79,11 +81,11 @@ class TemporalResBlock(nnx.Module):
         self.norm2 = GroupNorm(features, **norm)
         self.conv2 = TemporalConv(features, features, init_scale=0.0, dtype=dtype)
 
-    def __call__(self, x: Array, embedding: Array | None = None) -> Array:
-        h = self.conv1(jax.nn.silu(self.norm1(x)))
+    def __call__(self, x: Array, embedding: Array | None = None, *, valid: Array | None = None) -> Array:
+        h = self.conv1(jax.nn.silu(self.norm1(x, valid=valid)), valid)
         if self.time is not None and embedding is not None:
             h = h + self.time(jax.nn.silu(embedding))[:, :, None, None]
-        return x + self.conv2(jax.nn.silu(self.norm2(h)))
+        return x + self.conv2(jax.nn.silu(self.norm2(h, valid=valid)), valid)
 
 
 class FrameMixer(nnx.Module):
@@ -119,8 +121,8 @@ class MixedConvBlock(nnx.Module):
         self.res = TemporalResBlock(features, embedding_features, norm_groups=norm_groups, epsilon=epsilon, dtype=dtype)
         self.mixer = FrameMixer(initial=initial, reverse=reverse)
 
-    def __call__(self, x: Array, embedding: Array | None = None) -> Array:
-        return self.mixer(x, self.res(x, embedding))
+    def __call__(self, x: Array, embedding: Array | None = None, *, valid: Array | None = None) -> Array:
+        return self.mixer(x, self.res(x, embedding, valid=valid))
 
 
 class TemporalTransformer(nnx.Module):
@@ -137,12 +139,12 @@ class TemporalTransformer(nnx.Module):
         )
         self.proj_out = Dense(features, features, init_scale=0.0, dtype=dtype)
 
-    def __call__(self, x: Array, times: Array) -> Array:
-        _, _, height, width, _ = x.shape
-        tokens = rearrange(self.proj_in(self.norm(x)), "b f h w c -> (b h w) f c")
-        tokens = self.layer.attend(tokens, position=repeat(times, "b f -> (b n) f", n=height * width))
+    def __call__(self, x: Array, times: Array, valid: Array | None = None) -> Array:
+        tokens = frame_axis.to_pixels(self.proj_in(self.norm(x, valid=valid)))
+        mask = frame_axis.attention_mask(valid, tokens)
+        tokens = self.layer.attend(tokens, position=frame_axis.per_pixel(times, tokens), mask=mask)
         tokens = self.layer.feed(tokens)
-        return x + self.proj_out(rearrange(tokens, "(b h w) f c -> b f h w c", h=height, w=width))
+        return x + self.proj_out(frame_axis.to_frames(tokens, x))
 
 
 class MotionTransformer(nnx.Module):
@@ -186,25 +188,26 @@ class MotionTransformer(nnx.Module):
         self.proj_out = Dense(width, features, init_scale=0.0, dtype=dtype)
         self.positions = positions
 
-    def __call__(self, x: Array, times: Array) -> Array:
+    def __call__(self, x: Array, times: Array, valid: Array | None = None) -> Array:
         """times is not read: these networks know the number of a frame only.
 
         Raises ValueError for more frames than the table of positions has.
         """
-        num_frames, height, width = x.shape[1:4]
+        num_frames = times.shape[1]
         if self.positions and num_frames > self.positions:
             raise ValueError(
                 f"{num_frames} frames are more than the {self.positions} that this motion module has positions for: "
                 "generate fewer at once, and longer clips in windows (extend)"
             )
-        tokens = rearrange(self.proj_in(self.norm(x)), "b f h w c -> (b h w) f c")
+        tokens = frame_axis.to_pixels(self.proj_in(self.norm(x, valid=valid)))
+        mask = frame_axis.attention_mask(valid, tokens)
         position = None
         if self.positions:
             position = interleaved_sinusoids(num_frames, tokens.shape[-1])[None].astype(tokens.dtype)
         for layer in self.layers:
-            tokens = layer.attend(tokens, added_position=position)
-            tokens = layer.feed(layer.attend_again(tokens, added_position=position))
-        return x + self.proj_out(rearrange(tokens, "(b h w) f c -> b f h w c", h=height, w=width))
+            tokens = layer.attend(tokens, added_position=position, mask=mask)
+            tokens = layer.feed(layer.attend_again(tokens, added_position=position, mask=mask))
+        return x + self.proj_out(frame_axis.to_frames(tokens, x))
 
 
 def interleaved_sinusoids(length: int, features: int) -> Array:
@@ -233,7 +236,7 @@ class MixedLayer(nnx.Module):
         """`[(b n) f d]`, n pixels of a clip; every one reads the same prompt."""
         batch = cond.times.shape[0]
         tokens = tokens + self.feedforward_in(self.norm_in(tokens))
-        return spatial_layer(self.layer, tokens, cond, batch)
+        return spatial_layer(self.layer, tokens, cond, batch, mask=frame_axis.attention_mask(cond.valid, tokens))
 
 
 class MixedTransformer(nnx.Module):
@@ -268,13 +271,14 @@ class MixedTransformer(nnx.Module):
     def __call__(self, x: Array, cond: Conditioning) -> Array:
         batch, num_frames, height, width, features = x.shape
         tokens = rearrange(self.proj_in(self.norm(x)), "b f h w c -> (b f) (h w) c")
-        position = sinusoidal_embedding(jnp.arange(num_frames), features)
+        position = frame_axis.here(jnp.arange(cond.times.shape[1])[None])
+        position = sinusoidal_embedding(position[0], features)
         position = self.position_out(jax.nn.silu(self.position_in(position)))
         position = jnp.tile(position, (batch, 1))[:, None]
         weight = None if cond.style_weight is None else jnp.repeat(cond.style_weight, num_frames)
         for layer, temporal_layer in zip(self.layers, self.temporal_layers):
             tokens = spatial_layer(layer, tokens, cond, batch, weight)
-            over_time = rearrange(tokens + position, "(b f) n c -> (b n) f c", b=batch)
-            over_time = rearrange(temporal_layer(over_time, cond), "(b n) f c -> (b f) n c", b=batch)
-            tokens = self.mixer(tokens, over_time)
+            over_time = frame_axis.to_pixels((tokens + position).reshape(x.shape))
+            over_time = frame_axis.to_frames(temporal_layer(over_time, cond), x)
+            tokens = self.mixer(tokens, over_time.reshape(tokens.shape))
         return x + self.proj_out(tokens.reshape(batch, num_frames, height, width, features))

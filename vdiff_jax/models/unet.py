@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vdiff_jax.models import frame_axis
 from vdiff_jax.models.blocks import ResBlock
 from vdiff_jax.models.embeddings import FrameEmbedding, ImageContext, PromptLayout, StepEmbedding
 from vdiff_jax.models.layers import (
@@ -108,7 +109,7 @@ class VideoUNet(nnx.Module):
             inputs, embedding, near = self._native_inputs(z, logsnr, known_mask, context_logsnr, cond)
         x = self.conv_in(inputs)
         if self.transformer_in is not None:
-            x = self.transformer_in(x, cond.times)
+            x = self.transformer_in(x, cond.times, cond.valid)
 
         skips = [x]
         down, downsamplers = iter(self.down), iter(self.downsamplers)
@@ -121,7 +122,10 @@ class VideoUNet(nnx.Module):
                 skips.append(x)
 
         x = self._run(self.mid, x, embedding, cond)
-        x = self.mid_out(x, embedding) if isinstance(self.mid_out, ResBlock) else self.mid_out(x, embedding, cond)
+        if isinstance(self.mid_out, ResBlock):
+            x = self.mid_out(x, embedding, valid=cond.valid)
+        else:
+            x = self.mid_out(x, embedding, cond)
 
         up, upsamplers = iter(self.up), iter(self.upsamplers)
         for level_index in reversed(range(len(config.channels))):
@@ -129,7 +133,7 @@ class VideoUNet(nnx.Module):
                 x = self._run(next(up), jnp.concatenate([x, skips.pop()], axis=-1), embedding, cond)
             if level_index > 0:
                 x = next(upsamplers)(x)
-        x = self.conv_out(jax.nn.silu(self.norm_out(x))).astype(jnp.float32)
+        x = self.conv_out(jax.nn.silu(self.norm_out(x, valid=cond.valid))).astype(jnp.float32)
         return x if self.linear_path is None else x + self.linear_path(embedding, z, near)
 
     def _native_inputs(
@@ -148,9 +152,15 @@ class VideoUNet(nnx.Module):
             inputs.append(self.layout(cond, z.shape))
         near = None
         if self.config.nearest_known:
-            near = nearest_known(jnp.concatenate([z, level], axis=-1), known_mask, cond.times)
+            near = self._nearest_known(jnp.concatenate([z, level], axis=-1), known_mask, cond)
             inputs.append(near)
         return jnp.concatenate(inputs, axis=-1), embedding, near
+
+    def _nearest_known(self, tokens: Array, known_mask: KnownMask, cond: Conditioning) -> Array:
+        if cond.valid is not None:
+            known_mask = jnp.where(frame_axis.here(cond.valid)[:, :, None, None, None], known_mask, 0.0)
+        found = nearest_known(frame_axis.all_frames(tokens), frame_axis.all_frames(known_mask), cond.times)
+        return frame_axis.own_frames(found, tokens)
 
     def _public_inputs(self, z: Latents, timestep: Array, cond: Conditioning) -> tuple[Array, Array, Conditioning]:
         """Input channels, embedding, and the conditioning with what the image adds to it."""

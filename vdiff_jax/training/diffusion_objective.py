@@ -39,11 +39,11 @@ def make_diffusion_loss(
 ):
     """loss_fn(params, batch, keys [b]) -> (loss, metrics), for `training.step`.
 
-    batch: `latents [b f h w c]` final, `times [b f]`, optional `anchor [b]`, and either `tokens`/`token_mask [b n]`
-    (encoded by `encode_text(params, tokens, mask)`) or ready `text [b n d]`/`token_mask`; null_prompt is the pair
-    (tokens or features [n ...], mask [n]) that replaces a dropped prompt. prompt_dropout: share of clips with nothing
-    known that lose their prompt; context_prompt_dropout: of those with something known. channel_weights: `[c]`, see
-    `diffusion.loss`.
+    batch: `latents [b f h w c]` final, `times [b f]`, optional `anchor [b]` and `valid [b f]`, and either
+    `tokens`/`token_mask [b n]` (encoded by `encode_text(params, tokens, mask)`) or ready `text [b n d]`/`token_mask`;
+    null_prompt is the pair (tokens or features [n ...], mask [n]) that replaces a dropped prompt. prompt_dropout: share
+    of clips with nothing known that lose their prompt; context_prompt_dropout: of those with something known.
+    channel_weights: `[c]`, see `diffusion.loss`.
 
     metrics: `eps_loss`, the mean over clips of the unweighted noise error; the same as sums and counts by pattern row
     (of clips) and by level, in `log_bins` equal bins of log-SNR. By level every frame counts for itself, by the share
@@ -55,8 +55,17 @@ def make_diffusion_loss(
         x = batch["latents"]
         batch_size, num_frames, height, width, _ = x.shape
         noise_keys, drop_keys, pattern_key = _split_keys(keys)
+        valid = batch.get("valid")
         drawn = patterns.draw_batch(
-            pattern_key, mixture, schedule, batch_size, num_frames, height, width, batch.get("anchor")
+            pattern_key,
+            mixture,
+            schedule,
+            batch_size,
+            num_frames,
+            height,
+            width,
+            batch.get("anchor"),
+            None if valid is None else valid.sum(1),
         )
         tokens = token_logsnr(drawn.logsnr, drawn.mask, drawn.context_logsnr)
         eps = draw_noise(noise_keys, x.shape[1:], noise)
@@ -67,7 +76,7 @@ def make_diffusion_loss(
         cond = _conditioning(params, batch, drop)
         output = predict_fn(params, z, drawn.logsnr, drawn.mask, drawn.context_logsnr, cond)
         measured = losses.diffusion_loss(
-            output, kind, x, eps, z, tokens, drawn.mask,
+            output, kind, x, eps, z, tokens, without_filler(drawn.mask, valid),
             weighting=weighting, channel_weights=channel_weights, **weighting_settings,
         )  # fmt: skip
         bin_sum, bin_count = losses.loss_by_bin(drawn.logsnr, measured.frame_eps_loss, edges, measured.frame_unknown)
@@ -84,15 +93,20 @@ def make_diffusion_loss(
 
     def _conditioning(params: Params, batch: Batch, drop: Array) -> Conditioning:
         if null_prompt is None:
-            return Conditioning(None, None, batch["times"])
+            return Conditioning(None, None, batch["times"], valid=batch.get("valid"))
         name = "text" if "text" in batch else "tokens"
         value, mask = batch[name], batch["token_mask"]
         value = jnp.where(drop.reshape(-1, *(1,) * (value.ndim - 1)), null_prompt[0][None], value)
         mask = jnp.where(drop[:, None], null_prompt[1][None], mask)
         text = value if name == "text" else encode_text(params, value, mask)  # type: ignore[misc]
-        return Conditioning(text, mask, batch["times"])
+        return Conditioning(text, mask, batch["times"], valid=batch.get("valid"))
 
     return loss_fn
+
+
+def without_filler(known_mask: Array, valid: Array | None) -> Array:
+    """The mask of tokens `[b f h w 1]` that the loss leaves out: what is known, and frames that are not real."""
+    return known_mask if valid is None else jnp.where(valid[:, :, None, None, None], known_mask, 1.0)
 
 
 def level_edges(schedule: Any, log_bins: int) -> Array:

@@ -14,7 +14,7 @@ from vdiff_jax.diffusion.continuous import Schedule
 from vdiff_jax.diffusion.noise import draw_noise
 from vdiff_jax.diffusion.process import add_noise
 from vdiff_jax.diffusion.timestep_levels import told_levels
-from vdiff_jax.training.diffusion_objective import level_edges
+from vdiff_jax.training.diffusion_objective import level_edges, without_filler
 from vdiff_jax.types import Array, Batch, Conditioning, Params, PredictFn
 
 CLEAN = 10.0  # level of known tokens, of which there are none
@@ -40,8 +40,9 @@ def make_timestep_loss(
 ):
     """loss_fn(params, batch, keys [b]) -> (loss, metrics), for `training.step`.
 
-    batch: `latents [b f h w c]` final, `times [b f]`; with prompts `text [b n d]` and `token_mask [b n]`; with a
-    picture `image_latents [b h w c]`, `image_embedding [b d]` and `added [b k]`, see `Conditioning`.
+    batch: `latents [b f h w c]` final, `times [b f]`, optional `valid [b f]`; with prompts `text [b n d]` and
+    `token_mask [b n]`; with a picture `image_latents [b h w c]`, `image_embedding [b d]` and `added [b k]`, see
+    `Conditioning`.
 
     predict_fn: reads the timestep in the place of the level. schedule, drawn: see `told_levels`. null_prompt: features
     `[n d]` and mask `[n]` that replace a dropped prompt. picture_dropout: share of clips that lose the embedding (it
@@ -63,7 +64,7 @@ def make_timestep_loss(
         nothing_known = jnp.zeros((*x.shape[:-1], 1))
         output = predict_fn(params, z, timestep, nothing_known, jnp.full(x.shape[:2], CLEAN), cond)
         measured = losses.diffusion_loss(
-            output, kind, x, eps, z, logsnr, nothing_known,
+            output, kind, x, eps, z, logsnr, without_filler(nothing_known, batch.get("valid")),
             weighting=weighting, channel_weights=channel_weights, **weighting_settings,
         )  # fmt: skip
         bin_sum, bin_count = losses.loss_by_bin(logsnr[:, 0], measured.eps_loss, edges)
@@ -78,11 +79,12 @@ def make_timestep_loss(
         if "image_latents" in batch:
             return _shown_picture(batch, picture_keys, picture_dropout)
         if null_prompt is None:
-            return Conditioning(None, None, batch["times"])
+            return Conditioning(None, None, batch["times"], valid=batch.get("valid"))
         drop = jax.vmap(lambda key: jax.random.bernoulli(key, prompt_dropout))(drop_keys)
         text = jnp.where(drop[:, None, None], null_prompt[0][None], batch["text"])
         mask = jnp.where(drop[:, None], null_prompt[1][None], batch["token_mask"])
-        return Conditioning(text, None if attend_padding else mask, batch["times"])
+        shown = None if attend_padding else mask
+        return Conditioning(text, shown, batch["times"], valid=batch.get("valid"))
 
     return loss_fn
 
@@ -100,4 +102,5 @@ def _shown_picture(batch: Batch, keys: Array, dropout: float) -> Conditioning:
         batch["times"],
         image_latents=jnp.broadcast_to(latents[:, None], (len(latents), num_frames, *latents.shape[1:])),
         added=batch["added"],
+        valid=batch.get("valid"),
     )

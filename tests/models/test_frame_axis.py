@@ -1,0 +1,103 @@
+"""Clips that are split over devices, and clips filled up to the length of their batch: no network notices."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden.seeded_weights import seeded_input
+from golden.unet_cases import CASES, inputs
+from tiny_model import random_params
+
+from vdiff_jax import parallel
+from vdiff_jax.components import make_component
+from vdiff_jax.interop.unets import unet_settings
+from vdiff_jax.models import frame_axis
+from vdiff_jax.types import Conditioning
+
+REAL, FILLED = 3, 4
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""Each network runs once: what compiles soonest is best."""
+NATIVE = dict(
+    latent_channels=4, channels=(8, 16), attention=(False, True), text_features=24, embedding_features=16, head_dim=8,
+    norm_groups=4, nearest_known=True, linear_path=True,
+)  # fmt: skip
+FAMILIES = ["native", *(family for family in CASES if family != "image")]
+
+
+@functools.cache
+def network(family):
+    """(component, parameters, arguments of two clips of 4 frames of 4 x 6)."""
+    settings = NATIVE if family == "native" else unet_settings(CASES[family])
+    component = make_component("unet", settings)
+    values = inputs(CASES["modelscope" if family == "native" else family], frames=FILLED)
+    shape = values["z"].shape[:2]
+    extra = {name: values[name] for name in ("image_latents", "image_embedding", "added") if name in values}
+    cond = Conditioning(values["text"], None, np.tile(np.array([0, 1, 3, 5], np.float32), (2, 1)), **extra)
+    if family == "native":
+        level, mask = seeded_input("level", shape), (seeded_input("mask", (*shape, 4, 6, 1)) > 0.5)
+        mask[:, FILLED - 1] = True  # what fills a clip up is not taken for something known
+        arguments = [values["z"], 3.0 * level, mask.astype(np.float32), np.full(shape, 5.0, np.float32), cond]
+    else:
+        nothing = np.zeros((*shape, 4, 6, 1), np.float32), np.full(shape, 10.0, np.float32)
+        arguments = [values["z"], np.full(shape, values["timestep"], np.float32), *nothing, cond]
+    return component, random_params(component, 0, 0.1), arguments
+
+
+def run(family, arguments, devices=1):
+    component, params, _ = network(family)
+    with jax.set_mesh(parallel.make_mesh(1, 1, devices, devices=jax.devices()[:devices])):
+        program = jax.jit(component.apply).lower(params, *arguments).compile(compiler_options=QUICK)
+        return np.asarray(program(params, *arguments))
+
+
+def cut(arguments, num_frames):
+    """The first frames of everything that has frames."""
+    *arrays, cond = arguments
+    parts = {"times": cond.times[:, :num_frames]}
+    if cond.image_latents is not None:
+        parts["image_latents"] = cond.image_latents[:, :num_frames]
+    return [*(array[:, :num_frames] for array in arrays), dataclasses.replace(cond, **parts)]
+
+
+@functools.cache
+def alone(family):
+    """What the network makes of the first frames when there are no others."""
+    return run(family, cut(network(family)[2], REAL))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_clip_filled_up_and_split_over_devices_is_denoised_as_it_is(family):
+    arguments = network(family)[2]
+    expected = alone(family)
+    valid = np.arange(FILLED)[None] < np.full((2, 1), REAL)
+    filled = run(family, [*arguments[:-1], dataclasses.replace(arguments[-1], valid=valid)], devices=2)
+    np.testing.assert_allclose(filled[:, :REAL], expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("family", ["native", "svd"])
+def test_frames_that_are_not_marked_as_filler_count(family):
+    arguments, expected = network(family)[2], alone(family)
+    assert np.abs(run(family, arguments)[:, :REAL] - expected).max() > 1e-3 * np.abs(expected).max()
+
+
+def test_pixels_that_do_not_divide_come_back_in_place():
+    x = jnp.arange(2 * 4 * 3 * 5 * 2, dtype=jnp.float32).reshape(2, 4, 3, 5, 2)
+
+    def there_and_back(_, x):
+        tokens = frame_axis.to_pixels(x)
+        assert tokens.shape == (2 * 4, 4, 2)  # 15 pixels over 4 devices: 4 each, the last of them filler
+        return frame_axis.to_frames(tokens + frame_axis.shards(), x)
+
+    with jax.set_mesh(parallel.make_mesh(1, 1, 4, devices=jax.devices()[:4])):
+        np.testing.assert_array_equal(jax.jit(parallel.split_clips(there_and_back))({}, x), x + 4)
+
+
+def test_statistics_and_neighbours_leave_filler_out():
+    x = jnp.arange(2 * 4 * 1 * 2 * 1, dtype=jnp.float32).reshape(2, 4, 1, 2, 1)
+    valid = jnp.array([[True, True, True, False], [True, False, False, False]])
+    np.testing.assert_allclose(frame_axis.clip_mean(x, valid).ravel(), [2.5, 8.5])
+    near = frame_axis.with_neighbours(x, valid)[..., 0, 0, 0]
+    np.testing.assert_array_equal(near, [[0, 0, 2, 4, 0, 0], [0, 8, 0, 0, 0, 0]])
