@@ -83,8 +83,17 @@ def main(_: list[str]) -> int:
             (workdir / "recipe.json").write_text(recipe.to_json_best_effort(indent=2) + "\n", encoding="utf-8")
             print(f"{parameter_count(state.params) / 1e6:.2f} M trainable parameters", file=sys.stderr)
 
-        def write_model(step: int, state: TrainState) -> None:
-            stage.finish(state, workdir / "models" / f"{step:07d}")
+        def write_model(state: TrainState, folder: Path) -> None:
+            params = parallel.to_host(state.ema)
+            if first:
+                with parallel.on_this_process():
+                    stage.finish(params, folder)
+
+        def preview(step: int, state: TrainState, writer: MetricWriter | None) -> None:
+            params = parallel.to_host(state.ema)
+            if writer is not None and stage.on_sample is not None:
+                with parallel.on_this_process():
+                    stage.on_sample(step, params, writer)
 
         try:
             state, finished = fit(
@@ -97,17 +106,17 @@ def main(_: list[str]) -> int:
                 checkpoints=checkpoints,
                 meta={"recipe": recipe.to_json_best_effort(), "data_seed": recipe.seed},
                 writer=writer,
-                on_sample=stage.on_sample,
-                on_model=write_model if first else None,
+                on_sample=preview if stage.on_sample is not None else None,
+                on_model=lambda step, state: write_model(state, workdir / "models" / f"{step:07d}"),
             )
         finally:
             checkpoints.close()
             if writer is not None:
                 writer.close()
+        write_model(state, workdir / "model")
         if first:
             if stage.unread.count:
                 print(f"warning: {stage.unread}", file=sys.stderr)
-            stage.finish(state, workdir / "model")
             print(f"model at step {int(state.step)} written to {workdir / 'model'}", file=sys.stderr)
     return 0 if finished else STOPPED_EARLY
 

@@ -14,7 +14,6 @@ from golden.pipeline_cases import write_pipeline
 from golden.seeded_weights import seeded_tensor
 from golden.unet_cases import CASES as UNETS
 from golden.unet_cases import inputs
-from jax.sharding import AxisType
 from tiny_model import random_params
 
 import vdiff_jax as vd
@@ -99,8 +98,7 @@ def recipe_for(folder, **changes):
 
 
 def staged(recipe, folder, devices=1, fsdp=1):
-    shape = (devices // fsdp, fsdp)
-    mesh = jax.make_mesh(shape, parallel.AXES, (AxisType.Auto,) * 2, devices=jax.devices()[:devices])
+    mesh = parallel.make_mesh(-1, fsdp, devices=jax.devices()[:devices])
     with jax.set_mesh(mesh):
         return make_stage(recipe, mesh, folder), mesh
 
@@ -134,7 +132,7 @@ def runs(pipelines, tmp_path_factory):
         if family not in results:
             folder = tmp_path_factory.mktemp(f"run_{family}")
             stage, losses, state = trained(recipe_for(pipelines[family]), folder)
-            stage.finish(state, folder / "model")
+            stage.finish(jax.device_get(state.ema), folder / "model")
             results[family] = losses, jax.device_get(state), folder
         return results[family]
 
@@ -274,7 +272,7 @@ def test_a_low_rank_update_of_a_public_model(pipelines, tmp_path):
     assert losses[-1] < losses[0]
     names = leaves(state.params).keys()
     assert names and all(".to_" in name for name in names)
-    stage.finish(state, tmp_path / "model")
+    stage.finish(jax.device_get(state.ema), tmp_path / "model")
     base, tuned = vd.load(pipelines["animatediff"]), vd.load(tmp_path)
     again = base.with_lora(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, tuned.params, again.params)

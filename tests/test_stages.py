@@ -184,7 +184,7 @@ def test_a_pretrained_text_encoder_stays_frozen_and_is_saved_along(model_folder,
     assert batch["text"].shape == (8, 8, encoder.config.features) and "tokens" not in batch
     loss, _ = jax.jit(stage.loss_fn)(state.params, batch, jax.random.split(jax.random.key(1), 8))
     assert np.isfinite(loss)
-    stage.finish(state, tmp_path / "model")
+    stage.finish(jax.device_get(state.ema), tmp_path / "model")
     saved = load(tmp_path / "model")
     jax.tree.map(np.testing.assert_array_equal, saved.params["text_encoder"], weights)
     for ours, theirs in zip(*(part.encode(["a red circle"], 8) for part in (saved.tokenizer, tokenizer)), strict=True):
@@ -198,7 +198,7 @@ def test_the_finished_model_remembers_its_process(model_folder, tmp_path):
     recipe.sample.update(sampler="ddim", steps=7, guidance_scale=1.5, num_frames=5)
     stage = staged(recipe, tmp_path)
     state = jax.jit(lambda key: create_state(stage.init, make_optimizer(OptimizerConfig(), 1), key))(jax.random.key(0))
-    stage.finish(state, tmp_path / "model")
+    stage.finish(jax.device_get(state.ema), tmp_path / "model")
     settings = load(tmp_path / "model").settings
     assert (settings.noise, settings.prediction, settings.schedule_settings) == ("uniform", "eps", {"shift": -1.5})
     assert (settings.sampler, settings.steps, settings.guidance_scale, settings.num_frames) == ("ddim", 7, 1.5, 5)

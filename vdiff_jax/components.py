@@ -21,6 +21,7 @@ from vdiff_jax.models.t5_encoder import T5Encoder, T5EncoderConfig
 from vdiff_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from vdiff_jax.models.unet import VideoUNet
 from vdiff_jax.models.unet_config import UNetConfig
+from vdiff_jax.parallel import split_clips
 from vdiff_jax.types import Array, Params
 
 KINDS: dict[str, tuple[type, type]] = {
@@ -73,7 +74,20 @@ def make_component(name: str, settings: Mapping[str, Any]) -> Component:
 @functools.lru_cache(maxsize=64)
 def _functions(module_class: type, config: Any) -> tuple[Callable[[Array], Params], Callable[..., Any]]:
     """`functional` of a network, the same objects for the same configuration: a large one takes a second to build."""
-    return functional(lambda: module_class(config))
+    init, apply = functional(lambda: module_class(config))
+    if module_class is VideoAutoencoder:
+        return init, _split_autoencoder(apply, config)
+    return init, split_clips(apply) if module_class is VideoUNet else apply
+
+
+def _split_autoencoder(apply: Callable[..., Any], config: AutoencoderConfig) -> Callable[..., Any]:
+    mixing, alone = split_clips(apply), split_clips(apply, frames_alone=True)
+
+    def call(*args: Any, method: str, **options: Any) -> Any:
+        mixes_frames = method.startswith("decode") and not config.decodes_frames_alone
+        return (mixing if mixes_frames else alone)(*args, method=method, **options)
+
+    return call
 
 
 @functools.lru_cache(maxsize=64)

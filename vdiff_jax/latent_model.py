@@ -23,6 +23,7 @@ from vdiff_jax.diffusion.schedule import Schedule, make_schedule
 from vdiff_jax.image_input import ImageInput, without_image
 from vdiff_jax.models.functional import parameter_count
 from vdiff_jax.models.unet_config import UNetConfig
+from vdiff_jax.parallel import split_clips
 from vdiff_jax.sampling.clipping import ClipEstimate
 from vdiff_jax.sampling.guidance import Guidance, make_denoise_fn
 from vdiff_jax.sampling.job import nothing_known, text_to_video_job
@@ -287,7 +288,7 @@ class LatentModel:
         """`(params, latents) -> video`, to be called inside a jit."""
         component = self.components["autoencoder"]
         if component.config.decodes_frames_alone:
-            return functools.partial(_decode_frames, component.apply)
+            return split_clips(functools.partial(_decode_frames, component.apply), frames_alone=True)
         return functools.partial(_decode_chunks, component.apply, self.settings.decode_chunk_frames)
 
     def latent_size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:

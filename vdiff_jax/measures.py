@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vdiff_jax import parallel
 from vdiff_jax.components import Component
 from vdiff_jax.models.autoencoder import latents_from_moments, pixel_weights, principal_components
 from vdiff_jax.streams import Stream
@@ -19,12 +20,14 @@ def linear_path_start(autoencoder: Component, stream: Stream, batches: int = 32)
     """The principal components of the first batches where the autoencoder has a linear path, else nothing."""
     if not autoencoder.config.linear_path:
         return {}
-    linear = principal_components((stream.device_batch(step)["video"] for step in range(batches)), autoencoder.config)
+    with parallel.on_this_process():
+        videos = (stream.device_batch(step)["video"] for step in range(batches))
+        linear = principal_components(videos, autoencoder.config)
     return _alike(linear)
 
 
 def _alike(values: Params) -> Params:
-    """The first process's values on every process: each saw its own rows, but all must start alike."""
+    """The first process's values on every process: all must start alike to the last bit, whatever their machines."""
     if jax.process_count() == 1:
         return values
     from jax.experimental.multihost_utils import broadcast_one_to_all
@@ -45,8 +48,10 @@ def channel_weights(kind: str, autoencoder: Component, params: Params, stream: S
         latents = latents_from_moments(moments, autoencoder.config)
         return pixel_weights(lambda values: autoencoder.apply(params, values, method="decode"), latents)
 
-    few = {name: value[:4] for name, value in stream.device_batch(0).items()}  # a whole batch may not fit decoded
-    weights = _alike({"weights": np.asarray(measure(params, few))})["weights"]
+    with parallel.on_this_process():
+        few = {name: value[:4] for name, value in stream.device_batch(0).items()}  # a whole batch may not fit decoded
+        weights = np.asarray(measure(parallel.to_host(params), few))
+    weights = _alike({"weights": weights})["weights"]
     if not np.isfinite(weights).all():
         raise ValueError("diffusion.channel_weighting=pixels: the autoencoder decodes all latents to the same pixels")
     print(f"latent channels count as {', '.join(f'{weight:.2f}' for weight in weights)}", file=sys.stderr)

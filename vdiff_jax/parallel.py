@@ -1,43 +1,64 @@
-"""One mesh by name, shardings by rule on parameter paths, multi-host start.
+"""One mesh by name, shardings by rule on parameter paths, clips split over devices, multi-host start.
 
-The mesh has two axes: `data` splits the batch; `fsdp` splits the batch too, and also parameters, optimizer state and
-EMA, which are gathered where they are used. One device is the mesh 1 x 1; nothing else in the code knows.
+The mesh has three axes. `data` splits the batch; `fsdp` splits the batch too, and also parameters, optimizer state and
+EMA, which are gathered where they are used; `context` splits the frames of every clip (`split_clips`), for clips whose
+activations are too large for one device. One device is the mesh 1 x 1 x 1; nothing else in the code knows.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-AXES = ("data", "fsdp")
+from vdiff_jax.types import Array, Conditioning, Params
+
+AXES = ("data", "fsdp", "context")
+BATCH_AXES = ("data", "fsdp")
+CLIPS = ("video", "moments", "latents")
+"""Entries of a batch that have frames worth splitting."""
+SPLIT_FROM = 2**12
+"""Scalars from which a leaf is split by FSDP. With smaller ones whole, 10 M parameters on 8 devices take 5 % more than
+an eighth each; with four times as many, 18 %."""
 
 
-def start_distributed() -> None:
-    """`jax.distributed.initialize()` from the scheduler's environment; call it before any other use of JAX."""
-    jax.distributed.initialize()
+def make_mesh(data: int = -1, fsdp: int = 1, context: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """A `data x fsdp x context` mesh over all devices of all processes; one size may be -1 = whatever is left.
 
-
-def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
-    """A `data x fsdp` mesh over all devices of all processes; one of the two may be -1 = whatever is left.
-
-    Raises ValueError if the product is not the number of devices.
+    On several TPU slices `data` is what crosses them, as the network between slices is slow.
+    Raises ValueError if the product is not the number of devices, or `data` no multiple of the slices.
     """
-    count = jax.device_count()
-    if data == -1 and fsdp == -1:
-        raise ValueError("parallel.data and parallel.fsdp are both -1: give at least one of them a size")
-    data = count // fsdp if data == -1 else data
-    fsdp = count // data if fsdp == -1 else fsdp
-    if data * fsdp != count:
-        raise ValueError(
-            f"mesh data={data} x fsdp={fsdp} does not match {count} devices: change parallel.data or .fsdp"
-        )
-    return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
+    devices = jax.devices() if devices is None else devices
+    sizes = {"data": data, "fsdp": fsdp, "context": context}
+    open_axes = [f"parallel.{name}" for name, size in sizes.items() if size == -1]
+    if len(open_axes) > 1:
+        raise ValueError(f"{' and '.join(open_axes)} are both -1: give at least one of them a size")
+    for name, size in sizes.items():
+        if size == -1:
+            sizes[name] = max(len(devices) // math.prod(s for s in sizes.values() if s != -1), 1)
+    if math.prod(sizes.values()) != len(devices):
+        shape = " x ".join(f"{name}={size}" for name, size in sizes.items())
+        raise ValueError(f"mesh {shape} does not match {len(devices)} devices: change parallel.data, .fsdp or .context")
+    return Mesh(arranged(devices, tuple(sizes.values())), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def arranged(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
+    """The devices as an array of that shape, neighbours along the last axes as near to each other as they can be."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if shape[0] % slices:
+        raise ValueError(f"parallel.data={shape[0]} is no multiple of the {slices} slices that it has to cross")
+    within = (shape[0] // slices, *shape[1:])
+    return mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)
 
 
 def describe(mesh: Mesh) -> str:
@@ -50,24 +71,83 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """First axis over every device."""
-    return NamedSharding(mesh, PartitionSpec(AXES))
+    """First axis over `data` and `fsdp`; what is split so lies whole on every device along `context`."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """In how many parts the global batch is cut."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
     """Raises ValueError unless the global batch splits evenly."""
-    if batch_size % mesh.size:
-        raise ValueError(f"data.batch_size={batch_size} is not a multiple of {mesh.size} devices: change one of them")
+    if batch_size % batch_parts(mesh):
+        raise ValueError(
+            f"data.batch_size={batch_size} is not a multiple of {batch_parts(mesh)} devices "
+            "(parallel.data x parallel.fsdp): change one of them"
+        )
 
 
-def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's part of the batch -> global arrays sharded over the mesh."""
-    sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+def check_num_frames(num_frames: int, mesh: Mesh) -> None:
+    """Raises ValueError unless clips split evenly over `context`; single frames are not split."""
+    count = mesh.shape["context"]
+    if num_frames > 1 and num_frames % count:
+        raise ValueError(f"{num_frames} frames are not a multiple of parallel.context={count}: change one of them")
+
+
+# Batches ----------------------------------------------------------------------------------------------------------
+
+
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): the global batch is made in `count` equal parts, and this process brings part `index`.
+
+    Processes along `context` bring the same rows. Raises ValueError where processes hold rows in common and others not.
+    """
+    rows = [_rows_of(mesh, process) for process in sorted({device.process_index for device in mesh.devices.flat})]
+    parts = sorted(set(rows))
+    if sum(map(len, parts)) != batch_parts(mesh):
+        raise ValueError(
+            f"on {len(rows)} processes the mesh {dict(mesh.shape)} cuts the batch unevenly: let parallel.context "
+            "divide the devices of a process, or be a multiple of them"
+        )
+    return parts.index(_rows_of(mesh, jax.process_index())), len(parts)
+
+
+def _rows_of(mesh: Mesh, process: int) -> tuple[int, ...]:
+    """The parts of the batch that the devices of a process hold."""
+    owners = mesh.devices.reshape(batch_parts(mesh), -1)
+    return tuple(row for row, devices in enumerate(owners) if any(d.process_index == process for d in devices))
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """This process's rows (see `batch_share`), a tree of numpy arrays -> global arrays, rows over the batch axes.
+
+    The frames of `CLIPS` are split over `context` where they divide.
+    """
+    own = _rows_of(mesh, jax.process_index())
+
+    def place(path: tuple, value: Any) -> jax.Array:
+        value = np.asarray(value)
+        length = len(value) // len(own)
+        frames = path_name(path[-1:]) in CLIPS and value.shape[1] % mesh.shape["context"] == 0
+        spec = PartitionSpec(BATCH_AXES, "context") if frames else PartitionSpec(BATCH_AXES)
+
+        def part(index: Any) -> np.ndarray:
+            row = own.index((index[0].start or 0) // length)
+            return value[row * length : (row + 1) * length][:, *index[1:]]
+
+        shape = (length * batch_parts(mesh), *value.shape[1:])
+        return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), part)
+
+    return jax.tree_util.tree_map_with_path(place, batch)
+
+
+# Parameters -------------------------------------------------------------------------------------------------------
 
 
 def tree_shardings(
-    abstract: Any, mesh: Mesh, rules: tuple[tuple[str, PartitionSpec], ...] = (), min_size: int = 2**14
+    abstract: Any, mesh: Mesh, rules: tuple[tuple[str, PartitionSpec], ...] = (), min_size: int = SPLIT_FROM
 ) -> Any:
     """A NamedSharding for every leaf of `abstract` (a tree of ShapeDtypeStructs).
 
@@ -92,6 +172,14 @@ def tree_shardings(
     return jax.tree_util.tree_map_with_path(choose, abstract)
 
 
+def bytes_per_device(abstract: Any, shardings: Any) -> int:
+    """Bytes that a tree of arrays or ShapeDtypeStructs takes on each device."""
+    sizes = jax.tree.map(
+        lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize, abstract, shardings
+    )
+    return sum(jax.tree.leaves(sizes))
+
+
 def on_one_device(tree: Any) -> Any:
     """Every leaf whole on the first device of this process."""
     sharding = SingleDeviceSharding(jax.local_devices()[0])
@@ -103,6 +191,82 @@ def path_name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
+def to_host(tree: Any) -> Any:
+    """Every leaf whole as a numpy array on every process; all processes must call it."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return jax.tree.map(lambda leaf: multihost_utils.process_allgather(leaf, tiled=True), tree)
+
+
+def on_this_process() -> Any:
+    """A context for what one process computes alone, such as a preview: its mesh is one device of its own."""
+    return jax.set_mesh(make_mesh(1, devices=jax.local_devices()[:1]))
+
+
 def gather(tree: Any, mesh: Mesh) -> Any:
     """Constrain every leaf to be whole on every device: FSDP parameters are gathered once, at use."""
     return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, replicated(mesh)), tree)
+
+
+# Clips over devices -----------------------------------------------------------------------------------------------
+
+
+def split_clips(apply: Callable[..., Array], *, frames_alone: bool = False) -> Callable[..., Array]:
+    """`apply(params, x [b f ...], *others)` with frames over `context` and rows over the batch axes of the mesh in use.
+
+    apply: a network whose layers ask `models.frame_axis` for what other frames hold. Its further arguments are arrays
+    `[b f ...]` or a `Conditioning`; its result is `[b f ...]`. The mesh is that of `jax.set_mesh`; where its `context`
+    is 1, or there is none, `apply` is called as it is. Rows that do not divide over the batch axes, or see each other
+    (`style_weight`), are computed on each of their devices.
+
+    The region is manual, so that nothing is moved but what the layers ask for; parameters come in whole, and their
+    gradients leave summed over all axes.
+
+    frames_alone: `apply` looks at every frame by itself; then a clip of any length is filled up.
+    Raises ValueError for frames that are not a multiple of `context`. A single frame is not split.
+    """
+
+    def call(params: Params, x: Array, *others: Any, **options: Any) -> Array:
+        mesh = jax.sharding.get_abstract_mesh()
+        count = mesh.shape.get("context", 1)
+        if count == 1 or "context" in mesh.manual_axes or x.shape[1] == 1:
+            return apply(params, x, *others, **options)
+        num_frames = x.shape[1]
+        if num_frames % count and frames_alone and not others:
+            x = jnp.pad(x, ((0, 0), (0, -num_frames % count), *((0, 0),) * (x.ndim - 2)))
+        elif num_frames % count:
+            raise ValueError(
+                f"{num_frames} frames are not a multiple of the {count} devices along the mesh axis context: "
+                "change parallel.context or the number of frames"
+            )
+        rows_meet = any(isinstance(other, Conditioning) and other.style_weight is not None for other in others)
+        whole = x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) or rows_meet
+        rows = None if whole else BATCH_AXES
+        specs = tuple(_specs(other, rows) for other in others)
+        clip = PartitionSpec(rows, "context")
+        return jax.shard_map(
+            lambda params, x, *others: apply(params, x, *others, **options),
+            in_specs=(PartitionSpec(), clip, *specs),
+            out_specs=clip,
+            check_vma=False,
+        )(params, x, *others)[:, :num_frames]
+
+    return call
+
+
+def _specs(value: Any, rows: tuple[str, ...] | None) -> Any:
+    """How an argument of a network is split: arrays `[b f ...]` by rows and frames; what all frames need, by rows."""
+    clip = PartitionSpec(rows, "context")
+    if not isinstance(value, Conditioning):
+        return clip
+    given = {f.name: PartitionSpec(rows) for f in dataclasses.fields(value) if getattr(value, f.name) is not None}
+    given |= {"image_latents": clip} if "image_latents" in given else {}
+    return dataclasses.replace(value, **given)
+
+
+# Processes --------------------------------------------------------------------------------------------------------
+
+
+def start_distributed() -> None:
+    """`jax.distributed.initialize()` from the scheduler's environment; call it before any other use of JAX."""
+    jax.distributed.initialize()

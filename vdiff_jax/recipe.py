@@ -197,7 +197,7 @@ def default_recipe(stage: str = "diffusion") -> Recipe:
     recipe.train = ConfigDict(dataclasses.asdict(TrainConfig()))
     recipe.picture = ConfigDict(dataclasses.asdict(PictureConfig()))
     recipe.sample = ConfigDict(dataclasses.asdict(SampleConfig()))
-    recipe.parallel = ConfigDict(dict(data=-1, fsdp=1))
+    recipe.parallel = ConfigDict(dict(data=-1, fsdp=1, context=1))
     recipe.lock()
     free: Recipe
     for free in (

@@ -27,12 +27,13 @@ from vdiff_jax.types import Batch
 class Stream:
     """Device batches of a data source.
 
-    host: has `starting_at(step) -> iterator` of this process's raw batches. finish: raw device batch -> Batch, jitted
-    or the identity. captions: a list of all words or captions a tokenizer is fitted on. left_out: clips that cannot be
-    used at all; unread: clips that failed while training, filled as it goes on.
+    host: has `starting_at(step) -> iterator` of this process's rows of raw batches; whole: the same of all rows.
+    finish: raw device batch -> Batch, jitted or the identity. captions: a list of all words or captions a tokenizer is
+    fitted on. left_out: clips that cannot be used at all; unread: clips that failed while training, filled as it goes.
     """
 
     host: Any
+    whole: Any
     finish: Callable[[dict[str, Any]], Batch]
     captions: Callable[[], list[str]]
     left_out: SkipReport = dataclasses.field(default_factory=SkipReport)
@@ -40,22 +41,16 @@ class Stream:
 
     def starting_at(self, step: int, mesh: Mesh) -> Iterator[Batch]:
         for raw in self.host.starting_at(step):
-            yield self.finish(shard(raw, mesh))
+            yield self.finish(parallel.shard_batch(raw, mesh))
 
     def device_batch(self, step: int, mesh: Mesh | None = None) -> Batch:
-        """The batch of one step, on the mesh or (for previews) on the default device."""
-        raw = next(iter(self.host.starting_at(step)))
-        return self.finish(jax.tree.map(jax.numpy.asarray, raw) if mesh is None else shard(raw, mesh))
+        """The batch of one step, on the mesh; without one all of it on each process, for previews and measures."""
+        raw = next(iter((self.whole if mesh is None else self.host).starting_at(step)))
+        return self.finish(jax.tree.map(jax.numpy.asarray, raw) if mesh is None else parallel.shard_batch(raw, mesh))
 
     def fit_tokenizer(self, vocab_size: int = 4096) -> Tokenizer:
         """A word tokenizer over the captions of the source."""
         return train_tokenizer(self.captions(), vocab_size=vocab_size)
-
-
-def shard(raw: Any, mesh: Mesh) -> Any:
-    """This process's rows, first axis over the mesh; a tree of numpy arrays."""
-    sharding = parallel.batch_sharding(mesh)
-    return jax.tree.map(lambda value: jax.make_array_from_process_local_data(sharding, np.asarray(value)), raw)
 
 
 def make_stream(
@@ -66,11 +61,13 @@ def make_stream(
     anchor_rate: float = 0.0,
     digest: str | None = None,
     split: str | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Stream:
     """The stream of a data configuration; without a tokenizer the batches carry no prompts.
 
     anchor_rate: share of windows that open with an anchor frame (`Mixture.anchor_probability`). digest: of the
-    autoencoder in use, so that a latent cache of another one is refused.
+    autoencoder in use, so that a latent cache of another one is refused. share: which part of the batch, of how many,
+    this process brings, see `parallel.batch_share`.
     """
 
     def encode(captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -78,7 +75,7 @@ def make_stream(
         return tokenizer.encode(captions, data.context_length)
 
     encode_prompts = encode if tokenizer is not None else None
-    process: dict[str, Any] = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    process: dict[str, Any] = dict(process_index=share[0], process_count=share[1])
     if data.source == "shapes":
         world = make_world(data.world, size=data.size, num_frames=data.world_frames, **tuples(data.world_overrides))
         host = ShapesStream(
@@ -95,14 +92,16 @@ def make_stream(
             scenes_seed=data.scenes_seed,
             **process,
         )
-        return Stream(host, _renderer(world), lambda: vocabulary(world))
+        whole = dataclasses.replace(host, process_index=0, process_count=1)
+        return Stream(host, whole, _renderer(world), lambda: vocabulary(world))
     from vdiff_jax.data.loader import Loader
     from vdiff_jax.data.sources import make_source
 
     source = make_source(data, split or data.split, digest, anchor_rate)
     host = Loader(source, encode_prompts, data.batch_size, seed=seed, num_workers=data.num_workers, **process)
+    whole = Loader(source, encode_prompts, data.batch_size, seed=seed) if share[1] > 1 else host
     left_out = getattr(source, "skipped", SkipReport())
-    return Stream(host, lambda batch: batch, source.captions, left_out, host.skipped)
+    return Stream(host, whole, lambda batch: batch, source.captions, left_out, host.skipped)
 
 
 def _renderer(world: Any) -> Callable[[dict[str, Any]], Batch]:

@@ -124,7 +124,7 @@ def test_the_global_batch_does_not_depend_on_the_number_of_processes():
     whole = make(batch_size=4).batch_at(3)
     for i in range(2):
         part = make(batch_size=4, process_index=i, process_count=2).batch_at(3)
-        assert_equal(part, {key: value[i::2] for key, value in whole.items()})
+        assert_equal(part, {key: value[2 * i : 2 * i + 2] for key, value in whole.items()})
 
 
 def test_a_batch_larger_than_the_source():

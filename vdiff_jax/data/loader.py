@@ -1,8 +1,9 @@
 """Records to batches: the order and every draw are a pure function of (seed, step), so a run resumes from its step.
 
-Row r of step s on process i of k has the position  p = s * batch_size + i + k * r  in an endless stream. Position p
-belongs to epoch p // n and shows the clip `order[p]`, a new permutation of the n clips each epoch; its window and
-augmentation come from an rng of (seed, p). Hence no batch depends on calls before it, on worker processes or threads,
+Row r of step s on process i of k has the position  p = s * batch_size + i * batch_size / k + r  in an endless stream:
+the processes' rows, one after the other, are the batch that one process would read. Position p belongs to epoch p // n
+and shows the clip `order[p]`, a new permutation of the n clips each epoch; its window and augmentation come from an rng
+of (seed, p). Hence no batch depends on calls before it, on worker processes or threads,
 and the processes' shards are disjoint and cover each epoch exactly.
 
 Batches are `types.Batch` in numpy, this process's rows only.
@@ -52,9 +53,9 @@ class _Reader:
 
     def __call__(self, step: int) -> dict[str, Any]:
         rows = self.batch_size // self.process_count
-        first = int(step) * self.batch_size + self.process_index
+        first = int(step) * self.batch_size + self.process_index * rows
         records, skipped = [], []
-        for position in range(first, first + rows * self.process_count, self.process_count):
+        for position in range(first, first + rows):
             records.append(self._read(position, skipped))
         captions = [str(record.get("caption", "")) for record in records]
         return {

@@ -53,7 +53,8 @@ class ShapesStream:
             scenes = select(self.fixed_scenes(), rng.integers(self.num_scenes, size=self.batch_size))
         else:
             scenes = draw_records(rng, self.world, self.split, self.batch_size, span=self.world.num_frames - 1)
-        rows = slice(self.process_index, None, self.process_count)
+        length = self.batch_size // self.process_count
+        rows = slice(self.process_index * length, (self.process_index + 1) * length)
         batch: dict[str, Any] = {"records": select(scenes, rows), "times": times[rows], "anchor": anchor[rows]}
         if self.encode_prompts is not None:
             tokens, token_mask = self.encode_prompts(captions(scenes, None if self.num_scenes else rng))

@@ -25,6 +25,7 @@ def make_stage(recipe: Recipe, mesh: Mesh, workdir: Path) -> Stage:
     Raises ValueError for settings that cannot work and OSError for data that cannot be read, before anything is made.
     """
     parallel.check_batch_size(data_config(recipe).batch_size, mesh)
+    parallel.check_num_frames(data_config(recipe).num_frames, mesh)
     check_stage(recipe.stage)
     lora_config(recipe)
     start = load_start(recipe, mesh)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from vdiff_jax import parallel
 from vdiff_jax.components import Component, make_component
 from vdiff_jax.data.transforms import to_uint8
 from vdiff_jax.data.video_io import contact_sheet
@@ -21,7 +22,6 @@ from vdiff_jax.stages.stage import Stage, save_sheet
 from vdiff_jax.starting_point import check_start
 from vdiff_jax.streams import Stream, make_stream
 from vdiff_jax.training.autoencoder_loss import AutoencoderLossConfig, make_autoencoder_loss
-from vdiff_jax.training.step import TrainState
 from vdiff_jax.training.writers import MetricWriter
 from vdiff_jax.types import Array, Params
 
@@ -32,7 +32,7 @@ def autoencoder_stage(
     component = make_component("autoencoder", recipe.model.autoencoder.to_dict())
     if start is not None:
         check_start(recipe, data, start, component)
-    stream = make_stream(data, seed=recipe.seed, tokenizer=None)
+    stream = make_stream(data, seed=recipe.seed, tokenizer=None, share=parallel.batch_share(mesh))
 
     def encode_moments(params: Params, video: Array) -> Array:
         return component.apply(params, video, method="encode_moments")
@@ -45,19 +45,19 @@ def autoencoder_stage(
         moments = encode_moments(params, video)
         return decode_raw(params, sample_moments(moments)), sample_moments(moments)
 
-    preview = stream.device_batch(10**6)
+    with parallel.on_this_process():
+        preview = stream.device_batch(10**6)
 
-    def on_sample(step: int, state: TrainState, writer: MetricWriter | None) -> None:
-        if writer is not None:
-            output, _ = reconstruct(state.ema, preview["video"])
-            _show(step, preview["video"], output, workdir, writer)
+    def on_sample(step: int, params: Params, writer: MetricWriter) -> None:
+        output, _ = reconstruct(params, preview["video"])
+        _show(step, preview["video"], output, workdir, writer)
 
-    def finish(state: TrainState, folder: Path) -> None:
-        mean, std = latent_statistics(lambda video: reconstruct(state.ema, video)[1], stream, batches=32)
+    def finish(params: Params, folder: Path) -> None:
+        mean, std = latent_statistics(lambda video: reconstruct(params, video)[1], stream, batches=32)
         config = {**component.config_dict(), "latent_mean": mean, "latent_std": std}
         model = VideoDiffusion(
             components={"autoencoder": make_component("autoencoder", config)},
-            params={"autoencoder": jax.device_get(state.ema)},
+            params={"autoencoder": params},
             tokenizer=None,
             settings=Settings(size=data.size, fps=data.native_fps),
         )

@@ -41,7 +41,7 @@ from vdiff_jax.stages.stage import Stage, save_sheet
 from vdiff_jax.starting_point import is_public
 from vdiff_jax.streams import Stream, make_stream
 from vdiff_jax.training.diffusion_objective import make_diffusion_loss, predictor
-from vdiff_jax.training.step import LossFn, TrainState
+from vdiff_jax.training.step import LossFn
 from vdiff_jax.training.timestep_objective import make_timestep_loss
 from vdiff_jax.training.writers import MetricWriter
 from vdiff_jax.types import Array, Batch, Params
@@ -74,7 +74,14 @@ def diffusion_stage(recipe: Recipe, data: DataConfig, start: VideoDiffusion | No
     tokenizer = networks.tokenizer if "text_encoder" in networks.components else None
     anchor_rate = 0.0 if is_public(start) else mixture.anchor_probability()
     parts = [
-        make_stream(part, seed=recipe.seed, tokenizer=tokenizer, anchor_rate=anchor_rate, digest=networks.digest)
+        make_stream(
+            part,
+            seed=recipe.seed,
+            tokenizer=tokenizer,
+            anchor_rate=anchor_rate,
+            digest=networks.digest,
+            share=parallel.batch_share(mesh),
+        )
         for part in filter(None, (data, prior_data))
     ]
     picture = section(recipe, "picture", PictureConfig)
@@ -196,28 +203,23 @@ def _batches(
     return lambda step: mixed([prepared(part, step) for part in range(len(streams))])
 
 
-def _trained_model(model: VideoDiffusion, networks: Networks, state: TrainState) -> VideoDiffusion:
-    return model.with_params(networks.complete(jax.device_get(state.ema)))
-
-
 def _preview(model: VideoDiffusion, networks: Networks, sample: SampleConfig, workdir: Path, fps: float):
-    def on_sample(step: int, state: TrainState, writer: MetricWriter | None) -> None:
-        if writer is None or not sample.prompts:
-            return
-        clips = _trained_model(model, networks, state).generate(list(sample.prompts), seed=sample.seed)
+    def on_sample(step: int, params: Params, writer: MetricWriter) -> None:
+        trained = model.with_params(networks.complete(params))
+        clips = trained.generate(list(sample.prompts), seed=sample.seed)
         frames = np.stack([clip.frames for clip in clips])
         save_sheet(workdir, step, contact_sheet(frames.reshape(-1, *frames.shape[2:]), columns=frames.shape[1]))
         writer.video(step, "samples", frames, fps=fps)
 
-    return on_sample
+    return on_sample if sample.prompts else None
 
 
 def _finish(model: VideoDiffusion, networks: Networks):
-    def finish(state: TrainState, folder: Path) -> None:
+    def finish(params: Params, folder: Path) -> None:
         if isinstance(networks.update, Personalisation):
-            _save_update(networks.update, jax.device_get(state.ema), model.settings, folder)
+            _save_update(networks.update, params, model.settings, folder)
         else:
-            _trained_model(model, networks, state).save_pretrained(folder)
+            model.with_params(networks.complete(params)).save_pretrained(folder)
 
     return finish
 

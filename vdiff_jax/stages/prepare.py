@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from vdiff_jax import parallel
 from vdiff_jax.components import Component
@@ -93,4 +94,10 @@ def _stream(keys: Array, number: int) -> Array:
 
 
 def batch_keys(key: Array, batch_size: int, mesh: Mesh) -> Array:
-    return jax.device_put(sample_keys(key, batch_size), parallel.batch_sharding(mesh))
+    """`[batch_size]`, split as the batch is."""
+    return _make_batch_keys(batch_size, parallel.batch_sharding(mesh))(key)
+
+
+@functools.lru_cache(maxsize=16)
+def _make_batch_keys(batch_size: int, sharding: NamedSharding) -> Callable[[Array], Array]:
+    return jax.jit(lambda key: sample_keys(key, batch_size), out_shardings=sharding)
