@@ -14,8 +14,10 @@ with --config.train.model_steps=500, models/0000500 and so on.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
@@ -26,12 +28,15 @@ from vdiff_jax.command import run_script
 from vdiff_jax.models.functional import parameter_count
 from vdiff_jax.recipe import TrainConfig, section
 from vdiff_jax.stages import make_stage
-from vdiff_jax.training.checkpoint import Checkpoints
+from vdiff_jax.training.checkpoint import Checkpoints, SaveFailed
+from vdiff_jax.training.config_changes import describe_changes
 from vdiff_jax.training.loop import fit
+from vdiff_jax.training.manifest import code_version
 from vdiff_jax.training.optimizer import OptimizerConfig, make_optimizer
 from vdiff_jax.training.step import TrainState, init_sharded_state, make_train_step
 from vdiff_jax.training.writers import MetricWriter
 
+SAVE_FAILED = 74  # the last checkpoint could not be written: nothing after the one before is saved
 STOPPED_EARLY = 75  # stopped by a signal or the time limit, with a checkpoint: run again to go on
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, a file in configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; made if missing, resumed if not empty.")
@@ -63,10 +68,16 @@ def main(_: list[str]) -> int:
         # --- state: shapes first, then memory, then the newest checkpoint if there is one
         key = jax.random.key(recipe.seed)
         state, shardings = init_sharded_state(stage.init, optimizer, key, mesh, start=stage.start)
-        checkpoints = Checkpoints(workdir, keep=train.keep_checkpoints)
+        checkpoints = Checkpoints(workdir, keep=train.keep_checkpoints, keep_every=train.keep_every_steps)
+        config = json.loads(recipe.to_json_best_effort())
         if checkpoints.latest_step is not None:
-            state, _meta = checkpoints.restore(jax.eval_shape(lambda: state), shardings)
-            print(f"resumed at step {int(state.step)}", file=sys.stderr)
+            fresh, abstract = (state if train.partial_restore else None), jax.eval_shape(lambda tree: tree, state)
+            del state  # its memory is needed for the restored one
+            state, meta = checkpoints.restore(abstract, shardings, fresh=fresh)
+            del fresh
+            if first:
+                print(f"resumed at step {int(state.step)}", file=sys.stderr)
+                report_changes(meta, config)
         train_step = make_train_step(
             stage.loss_fn,
             optimizer,
@@ -104,11 +115,14 @@ def main(_: list[str]) -> int:
                 train.loop(),
                 batch_size=recipe.data.batch_size,
                 checkpoints=checkpoints,
-                meta={"recipe": recipe.to_json_best_effort(), "data_seed": recipe.seed},
+                meta={"config": config, "code": code_version()},
                 writer=writer,
                 on_sample=preview if stage.on_sample is not None else None,
                 on_model=lambda step, state: write_model(state, workdir / "models" / f"{step:07d}"),
             )
+        except SaveFailed as error:
+            print(f"error: {error}; free some space or make it writable, and run again", file=sys.stderr)
+            return SAVE_FAILED
         finally:
             checkpoints.close()
             if writer is not None:
@@ -119,6 +133,17 @@ def main(_: list[str]) -> int:
                 print(f"warning: {stage.unread}", file=sys.stderr)
             print(f"model at step {int(state.step)} written to {workdir / 'model'}", file=sys.stderr)
     return 0 if finished else STOPPED_EARLY
+
+
+def report_changes(meta: dict[str, Any], config: dict[str, Any]) -> None:
+    """Say what differs between the run that wrote a checkpoint and this one."""
+    serious, mild = describe_changes(meta.get("config", {}), config)
+    if serious:
+        print(f"warning: settings changed, so this is not the run it would have been: {serious}", file=sys.stderr)
+    if mild:
+        print(f"settings changed: {mild}", file=sys.stderr)
+    if meta.get("code") != code_version():
+        print(f"code changed: {meta.get('code')} -> {code_version()}", file=sys.stderr)
 
 
 def run() -> None:

@@ -152,12 +152,18 @@ class SampleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(LoopConfig):
-    """The loop, and: ema_decay; accumulation_steps, parts a batch is cut into; keep_checkpoints, newest ones kept."""
+    """The loop, and: ema_decay; accumulation_steps, parts a batch is cut into; keep_checkpoints, newest ones kept.
+
+    keep_every_steps: checkpoints of steps divisible by it are never removed; 0 = off.
+    partial_restore: go on from a checkpoint of another config with the arrays that fit; the others start anew.
+    """
 
     num_steps: int = 1000
     ema_decay: float = 0.999
     accumulation_steps: int = 1
     keep_checkpoints: int = 2
+    keep_every_steps: int = 0
+    partial_restore: bool = False
 
     def loop(self) -> LoopConfig:
         return LoopConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(LoopConfig)})
