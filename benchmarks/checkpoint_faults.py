@@ -278,7 +278,8 @@ def measure(kind: str, folder: Path, trials: int, rng: random.Random) -> dict[st
         saved = Saved(folder)
         return {**bits(saved, trials or 200, rng), "before": early_bits(saved, trials // 10 or 20, rng)}
     if kind == "truncate":
-        return truncate(Saved(folder))
+        saved = Saved(folder)
+        return truncate(saved, saved.files())
     if kind == "kill":
         return kill(folder, trials or 30, rng)
     return {"resume": resume, "full": full, "processes": processes}[kind](folder)

@@ -55,7 +55,7 @@ def start(mesh: jax.sharding.Mesh):
     def loss_fn(params, batch, keys):
         video = batch["video"].reshape(batch["video"].shape[0], -1)
         noise = jax.random.normal(keys[0], (256,))  # the same for all rows: their order is the processes'
-        return jnp.mean(jnp.square(video @ params["kernel"] + params["bias"] - noise)), {}
+        return jnp.mean(jnp.square(video @ params["kernel"] + (params["bias"] - noise)[None])), {}
 
     optimizer = optax.adamw(1e-2)
     state, shardings = init_sharded_state(init, optimizer, jax.random.key(1), mesh)

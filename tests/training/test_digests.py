@@ -10,7 +10,16 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from vdiff_jax.parallel import AXES
 from vdiff_jax.training.digests import digest_program, tree_digests
 
-DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, np.int32, np.int8, np.uint16, np.complex64]
+DTYPES = [
+    np.float32,
+    np.float16,
+    ml_dtypes.bfloat16,
+    ml_dtypes.float8_e4m3fn,
+    np.int32,
+    np.int8,
+    np.uint16,
+    np.complex64,
+]
 
 
 def mesh(data, fsdp):
