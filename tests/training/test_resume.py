@@ -51,7 +51,8 @@ def runs(model_folder, tmp_path_factory):
     recipe.write_text(RECIPE.format(folder=model_folder, steps=STEPS))
     whole = train(recipe, tmp / "whole")
     stopped = train(recipe, tmp / "cut", "--config.train.max_minutes=1e-9")
-    resumed = train(recipe, tmp / "cut")
+    # Settings that change nothing here: one that nobody needs to know of, and one that it does warn of.
+    resumed = train(recipe, tmp / "cut", "--config.train.keep_checkpoints=3", "--config.lora.alpha=5.0")
     return tmp, whole, stopped, resumed
 
 
@@ -60,6 +61,9 @@ def test_a_resumed_run_ends_bitwise_like_an_uninterrupted_one(runs):
     assert whole.returncode == 0, whole.stderr
     assert stopped.returncode == 75 and "stopping at step 1: time limit reached" in stopped.stderr, stopped.stderr
     assert resumed.returncode == 0 and "resumed at step 1" in resumed.stderr, resumed.stderr
+    warned = [line for line in resumed.stderr.splitlines() if "settings changed" in line]
+    assert len(warned) == 1 and warned[0].startswith("warning: ") and warned[0].endswith(": lora.alpha 4.0 -> 5.0")
+    assert "settings changed" not in whole.stderr + stopped.stderr
     expected, got = (checkpoint(tmp / name, STEPS) for name in ("whole", "cut"))
     assert set(expected) == {"step", "params", "opt_state", "ema", "skipped", "skipped_in_row"}
     jax.tree.map(np.testing.assert_array_equal, got, expected)

@@ -32,6 +32,7 @@ from vdiff_jax.training.partial_restore import filled, read_arrays
 from vdiff_jax.training.step import TrainState
 
 _STORAGE_ERRORS = (OSError, ValueError, RuntimeError)  # tensorstore reports a full disk as ValueError
+_DENIED = "no right to read"
 
 
 class SaveFailed(OSError):
@@ -210,14 +211,18 @@ class Checkpoints:
         return filled(fresh, arrays), meta
 
     def _verified_manifest(self, folder: Path) -> Manifest:
-        """Every process reads the manifest and its share of the files. Raises DamagedCheckpoint on all, or on none."""
+        """Every process reads the manifest and its share of the files. All processes raise the same, or none does."""
         manifest, problem = None, None
         try:
             manifest = Manifest.read(folder)
             problem = manifest.first_damage(folder, jax.process_index(), jax.process_count())
         except DamagedCheckpoint as error:
             problem = str(error)
+        except PermissionError as error:  # nothing is damaged; but all processes must hear of it
+            problem = f"{_DENIED} {error.filename}"
         problem = first_message(problem)
+        if problem and problem.startswith(_DENIED):
+            raise PermissionError(f"{problem}: make it readable, or give another workdir")
         if problem or manifest is None:
             raise DamagedCheckpoint(problem)
         return manifest
