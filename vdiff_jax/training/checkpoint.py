@@ -8,6 +8,8 @@ restored: whatever happens between, on whatever mesh, is noticed. See `docs/chec
 
 from __future__ import annotations
 
+import os
+import re
 import threading
 import warnings
 from pathlib import Path
@@ -30,6 +32,7 @@ from vdiff_jax.training.manifest import (
 )
 from vdiff_jax.training.partial_restore import filled, read_arrays
 from vdiff_jax.training.step import TrainState
+from vdiff_jax.training.storage_log import log_storage_errors_once
 
 _STORAGE_ERRORS = (OSError, ValueError, RuntimeError)  # tensorstore reports a full disk as ValueError
 _DENIED = "no right to read"
@@ -55,6 +58,7 @@ class Checkpoints:
             )
         self.folder = Path(workdir).absolute() / "checkpoints"
         self._keep, self._keep_every = keep, keep_every
+        log_storage_errors_once()
         self._steps: list[int] = from_first(self._prepare_folder() if jax.process_index() == 0 else None)
         self._checkpointer = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler(), meta=ocp.JsonCheckpointHandler()),
@@ -294,6 +298,9 @@ def _differences(manifest: Manifest, abstract: TrainState) -> list[str]:
 
 
 def _sentence(error: BaseException) -> str:
-    """What an error says, without the settings that the storage library appends; of a long chain, the end says why."""
-    text = " ".join(str(error).split(" [tensorstore_spec")[0].split()) or type(error).__name__
-    return text if len(text) <= 300 else f"... {text[-300:]}"
+    """What an error says; of the storage library's long texts, the reason that the system gave."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    reason = re.search(r"os_error_code=\W*(\d+)", text)
+    if reason:
+        return os.strerror(int(reason[1]))
+    return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
