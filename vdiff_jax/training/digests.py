@@ -44,7 +44,7 @@ def digest_program(mesh: Mesh | None) -> Callable[[Array], Array]:
 
 
 def _mesh(leaf: Array) -> Mesh | None:
-    sharding = getattr(leaf, "sharding", None)
+    sharding: Any = getattr(leaf, "sharding", None)
     return sharding.mesh if isinstance(sharding, NamedSharding) else None
 
 

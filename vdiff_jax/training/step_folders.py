@@ -14,6 +14,8 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from vdiff_jax.training import manifest
+
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _REMOVING = ".removing"
 
@@ -38,8 +40,11 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def discard_unfinished(folder: Path, step: int) -> None:
-    """Remove what a failed save of `step` left."""
-    for path in [folder / str(step), *folder.glob(f"{step}{_TEMPORARY}*")]:
+    """Remove what a failed save of `step` left; a folder with a manifest is not of that save."""
+    left = [*folder.glob(f"{step}{_TEMPORARY}*")]
+    if not (folder / str(step) / manifest.NAME).exists():
+        left.append(folder / str(step))
+    for path in left:
         shutil.rmtree(path, ignore_errors=True)
 
 
