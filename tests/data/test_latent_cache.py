@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from vdiff_jax.data.latent_cache import LatentCache, build_latent_cache, ensure_latent_cache
+from vdiff_jax.data.cache_build import build_latent_cache, ensure_latent_cache
+from vdiff_jax.data.latent_cache import LatentCache
 from vdiff_jax.data.loader import Loader
 from vdiff_jax.data.sources import FolderSource, SyntheticSource, Windows, make_source
 from vdiff_jax.data.transforms import to_video

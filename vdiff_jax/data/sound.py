@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from vdiff_jax.data.video_io import Limits
+    from vdiff_jax.data.video_decode import Limits
 
 AAC_RATES = (22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)  # slower ones pad the end by 50 ms and more
 OPUS_RATE = 48_000
@@ -171,7 +171,7 @@ def read_sound(
     """
     import av
 
-    from vdiff_jax.data.video_io import Limits, VideoError, check_path, is_image, open_container, too_large
+    from vdiff_jax.data.video_decode import Limits, VideoError, check_path, is_image, open_container, too_large
 
     path, limits = check_path(path), limits or Limits()
     if not (0 <= start_s < float("inf") and (duration_s is None or 0 < duration_s < float("inf"))):

@@ -17,18 +17,23 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
-from vdiff_jax.data.video_io import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Limits, VideoError, probe, read_video
+from vdiff_jax.data.paths import make_path
+from vdiff_jax.data.video_decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Limits, VideoInfo, probe
+from vdiff_jax.data.video_io import read_video
 from vdiff_jax.data.video_write import CLIP_JSON
 
 Record: TypeAlias = dict[str, Any]
+_NOTES = (".txt", ".json", ".jsonl", ".csv")
 _DIRECTIONS = ("right", "left", "down", "up")
 SPLITS = ("all", "train", "heldout")
 
@@ -113,9 +118,11 @@ class Windows:
 
 @dataclasses.dataclass(frozen=True)
 class _ClipFile:
-    path: Path
+    path: Any
     name: str
     num_frames: int
+    height: int
+    width: int
     captions: tuple[str, ...]
 
 
@@ -129,6 +136,7 @@ class FolderSource:
     split, holdout: a subfolder named like the split is taken whole. Otherwise "train" leaves out the share `holdout` of
         clips, "heldout" is that share, "all" is everything; a clip's name decides, so adding clips moves none across.
     fps: resample every clip to this rate before drawing windows; None keeps each file's own.
+    folder: here or far away, see `paths.py`. Headers are read by `num_threads` threads.
     Clips that cannot be opened or are too short are left out and listed in `skipped`.
     Raises FileNotFoundError for a missing folder and ValueError, saying why, if no clip is left.
     """
@@ -142,8 +150,9 @@ class FolderSource:
         holdout: float = 0.0,
         fps: float | None = None,
         limits: Limits | None = None,
+        num_threads: int = 16,
     ):
-        self.folder, self.windows, self.size, self.fps, self.split = Path(folder), windows, size, fps, split
+        self.folder, self.windows, self.size, self.fps, self.split = make_path(folder), windows, size, fps, split
         self.limits, self.skipped = limits or Limits(), SkipReport()
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{folder} is not a folder; give a folder of clips")
@@ -153,21 +162,28 @@ class FolderSource:
         names = {path: path.relative_to(self.folder).as_posix() for path in paths}
         chosen = [path for path in paths if in_split(names[path], split, holdout)]
         table = _read_captions(self.folder, set(names.values()))
-        self._clips = [c for path in chosen if (c := self._open(path, names[path], table)) is not None]
+        with ThreadPoolExecutor(num_threads) as pool:  # waiting for storage, most of the time
+            opened = list(pool.map(lambda path: self._open(path, names[path], table), chosen))
+        self._clips = [clip for clip, _ in opened if clip is not None]
+        for path, (clip, reason) in zip(chosen, opened):
+            if clip is None:
+                self.skipped.add(names[path], reason)
         if not self._clips:
             raise ValueError(self._why_none(len(paths), len(chosen), split, holdout))
 
-    def _open(self, path: Path, name: str, table: dict[str, tuple[str, ...]]) -> _ClipFile | None:
+    def _open(self, path: Any, name: str, table: dict[str, tuple[str, ...]]) -> tuple[_ClipFile | None, str]:
+        """The clip, or None and why it cannot be used."""
         try:
             info = probe(path, self.limits)
-        except VideoError as error:
-            self.skipped.add(name, str(error))
-            return None
-        num_frames = int(info.duration_s * self.fps + 1e-6) if self.fps else info.num_frames
-        if num_frames < self.windows.shortest:
-            self.skipped.add(name, f"{num_frames} frames, {self.windows.shortest} needed")
-            return None
-        return _ClipFile(path, name, num_frames, _captions_of(path, name, table))
+            num_frames = self._length(info)
+            if num_frames < self.windows.shortest:
+                return None, f"{num_frames} frames, {self.windows.shortest} needed"
+            return _ClipFile(path, name, num_frames, info.height, info.width, _captions_of(path, name, table)), ""
+        except (OSError, ValueError) as error:
+            return None, str(error)
+
+    def _length(self, info: VideoInfo) -> int:
+        return int(info.duration_s * self.fps + 1e-6) if self.fps else info.num_frames
 
     def _why_none(self, found: int, chosen: int, split: str, holdout: float) -> str:
         if not found:
@@ -186,6 +202,10 @@ class FolderSource:
 
     def name(self, index: int) -> str:
         return self._clips[index].name
+
+    def frame_size(self, index: int) -> tuple[int, int]:
+        """(height, width) as stored, by the header."""
+        return self._clips[index].height, self._clips[index].width
 
     def captions(self) -> list[str]:
         """All captions of all clips, for fitting a tokenizer."""
@@ -306,22 +326,24 @@ def in_split(name: str, split: str, holdout: float) -> bool:
 # ---- files and captions -----------------------------------------------------------------------------------------
 
 
-def _find_clips(folder: Path, single_images: bool) -> Iterator[Path]:
+def _find_clips(folder: Any, single_images: bool) -> Iterator[Any]:
     """Video files, animated images, and folders that hold images but no videos."""
     entries = [p for p in folder.iterdir() if not p.name.startswith(".")]
-    videos = [p for p in entries if p.is_file() and p.suffix.lower() in (*VIDEO_SUFFIXES, ".gif", ".webp", ".apng")]
-    stills = [p for p in entries if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES and p not in videos]
+    animated = (*VIDEO_SUFFIXES, ".gif", ".webp", ".apng")  # the suffix is asked first: `is_file` may go far away
+    videos = [p for p in entries if p.suffix.lower() in animated and p.is_file()]
+    stills = [p for p in entries if p.suffix.lower() in IMAGE_SUFFIXES and p not in videos and p.is_file()]
     yield from videos
     if (stills and not videos and not single_images) or (folder / CLIP_JSON).is_file():
         yield folder
     elif single_images:
         yield from stills
+    files = {*videos, *stills}
     for entry in entries:
-        if entry.is_dir():
+        if entry not in files and entry.suffix.lower() not in _NOTES and entry.is_dir():
             yield from _find_clips(entry, single_images)
 
 
-def _captions_of(path: Path, name: str, table: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+def _captions_of(path: Any, name: str, table: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
     beside = path.parent / (path.name + ".txt") if path.is_dir() else path.with_suffix(".txt")
     if beside.is_file():
         lines = tuple(line.strip() for line in beside.read_text(encoding="utf-8").splitlines() if line.strip())
@@ -329,7 +351,7 @@ def _captions_of(path: Path, name: str, table: dict[str, tuple[str, ...]]) -> tu
     return table.get(name, ("",))
 
 
-def _read_captions(folder: Path, names: set[str]) -> dict[str, tuple[str, ...]]:
+def _read_captions(folder: Any, names: set[str]) -> dict[str, tuple[str, ...]]:
     """captions.jsonl or captions.csv -> captions by clip name; rows may name a clip without its suffix."""
     path = next((p for p in (folder / "captions.jsonl", folder / "captions.csv") if p.is_file()), None)
     if path is None:
@@ -353,8 +375,8 @@ def _read_captions(folder: Path, names: set[str]) -> dict[str, tuple[str, ...]]:
     return table
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with open(path, encoding="utf-8-sig", newline="") as file:
+def _rows(path: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    with io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="") as file:
         if path.suffix == ".csv":
             reader = csv.DictReader(file)
             if not {"file", "caption"} <= set(reader.fieldnames or ()):
