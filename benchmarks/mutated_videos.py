@@ -172,16 +172,16 @@ def mutate(originals: list[Path], folder: Path, count: int, seed: int) -> list[s
         rng = np.random.default_rng([seed, number])
         mutation, path = MUTATIONS[number % len(MUTATIONS)], originals[int(rng.integers(len(originals)))]
         other = originals[int(rng.integers(len(originals)))]
-        data = [np.frombuffer(each.read_bytes(), np.uint8).copy() for each in (path, other)]
+        first, second = (np.frombuffer(each.read_bytes(), np.uint8).copy() for each in (path, other))
         names.append(f"{number:05d}_{mutation.__name__}_{path.name}")
-        (folder / names[-1]).write_bytes(mutation(*data, rng).tobytes())
+        (folder / names[-1]).write_bytes(mutation(first, second, rng).tobytes())
     return names
 
 
 # ---- what the child processes do ----------------------------------------------------------------------------------
 
 
-def read_each(folder: Path) -> None:
+def read_each() -> None:
     """Probe and read every file whole, one at a time; a line of JSON before and after each."""
     for path in map(Path, sys.stdin.read().splitlines()):
         print(json.dumps({"begins": path.name}), flush=True)
@@ -202,10 +202,10 @@ def read_epoch(folder: Path) -> dict[str, Any]:
     began = time.perf_counter()
     source = FolderSource(folder, Windows(NUM_FRAMES), SIZE)
     opened_s = time.perf_counter() - began
-    loader = Loader(source, None, batch_size=8, num_threads=2)
+    loader: Any = Loader(source, None, batch_size=8, num_threads=2)
     steps = -(-len(source) // 8)
     read = set()
-    batches = loader.host_batches()
+    batches: Any = loader.host_batches()
     for _ in range(steps):
         batch = next(batches)
         read |= set(batch.names)
@@ -293,10 +293,10 @@ def report(each: dict[str, dict[str, Any]], epoch: dict[str, Any], originals: li
 
 def main(_: list[str]) -> int:
     if _PART.value == "each":
-        read_each(Path(_FOLDER.value))
+        read_each()
         return 0
     if _PART.value == "epoch":
-        print(json.dumps(read_epoch(Path(_FOLDER.value))))
+        print(json.dumps(read_epoch(Path(_FOLDER.value or ""))))
         return 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(_FOLDER.value or temporary)

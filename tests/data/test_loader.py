@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -118,6 +120,70 @@ def test_two_processes_cover_an_epoch_disjointly():
     seen = [names(part, 5) for part in parts]
     assert len(seen[0]) == len(seen[1]) == 5 and not set(seen[0]) & set(seen[1])
     assert set(seen[0]) | set(seen[1]) == {f"synthetic {i}" for i in range(10)}
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_an_epoch_shows_each_clip_once_whatever_the_number_of_processes(count):
+    source = SyntheticSource(12, Windows(2), 4)
+    parts = [Loader(source, None, 4, seed=3, process_index=i, process_count=count) for i in range(count)]
+    for epoch in range(2):
+        seen = [name for part in parts for step in range(3) for name in part.host_batch_at(3 * epoch + step).names]
+        assert len(seen) == 12 and set(seen) == {f"synthetic {i}" for i in range(12)}
+
+
+@pytest.mark.parametrize("counts", [(1, 2, 4), (4, 1, 2), (2, 4, 4)])
+def test_the_number_of_processes_may_change_at_any_step(counts):
+    """Epochs of 13 clips in batches of 4: each step run by another number of processes, nothing repeats or is lost."""
+    source, seen = SyntheticSource(13, Windows(2), 4), []
+    for step in range(13):
+        count = counts[step % len(counts)]
+        parts = [Loader(source, None, 4, seed=3, process_index=i, process_count=count) for i in range(count)]
+        batches = [part.host_batches(step) for part in parts]
+        rows = [next(batch).names for batch in batches]
+        for batch in batches:
+            batch.close()
+        seen += [rows[position % count][position // count] for position in range(4)]
+    alone = Loader(source, None, 4, seed=3)
+    assert seen == names(alone, 13)
+    for epoch in range(4):
+        assert len(set(seen[13 * epoch : 13 * (epoch + 1)])) == 13
+
+
+def test_what_is_read_ahead_is_bounded_by_memory_too():
+    source = SyntheticSource(8, Windows(4), 16)
+    bytes_of_a_batch = 4 * 4 * 16 * 16 * 3 * 4
+    for limit, workers, ahead in (
+        (1 << 30, 0, 4),
+        (3 * bytes_of_a_batch, 0, 3),
+        (1, 0, 1),
+        (12 * bytes_of_a_batch, 2, 3),
+    ):
+        loader = Loader(source, None, 4, num_workers=workers, prefetch_bytes=limit)
+        assert loader.batch_bytes == loader.batch_at(0)["video"].nbytes == bytes_of_a_batch
+        assert loader.ahead == ahead
+    counted = Counted(source)
+    loader = Loader(counted, None, 4, prefetch_bytes=2 * bytes_of_a_batch)
+    batches = loader.host_batches()
+    for _ in range(3):
+        next(batches)
+    time.sleep(0.3)  # time enough to run ahead
+    assert counted.reads <= 1 + 4 * (3 + 2)
+    batches.close()
+
+
+class Counted:
+    """Another source that counts what is read of it."""
+
+    def __init__(self, source):
+        self.source, self.reads, self.lock = source, 0, threading.Lock()
+
+    def __len__(self):
+        return len(self.source)
+
+    def read(self, index, rng):
+        with self.lock:
+            self.reads += 1
+        return self.source.read(index, rng)
 
 
 def test_the_global_batch_does_not_depend_on_the_number_of_processes():

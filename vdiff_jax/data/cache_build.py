@@ -54,27 +54,32 @@ def build_latent_cache(
     Raises ValueError for a folder that holds a cache of something else, moments that are not finite, or no clips;
     TimeoutError where the share of another process does not come.
     """
-    folder = make_path(folder)
+    place: Any = make_path(folder)
     if dtype not in ("float16", "float32"):
         raise ValueError(f'dtype must be "float16" or "float32", got {dtype!r}')
-    folder.mkdir(parents=True, exist_ok=True)
+    place.mkdir(parents=True, exist_ok=True)
     size = getattr(source, "size", None)
     fps, split = getattr(source, "fps", None), getattr(source, "split", "all")
     plan = {"digest": digest, "size": size, "fps": fps, "dtype": dtype, "split": split, "clips": len(source)}
-    _claim(folder, json.loads(json.dumps(plan)))
-    noted = _noted(folder)
+    _claim(place, json.loads(json.dumps(plan)))
+    noted = _noted(place)
     share = range(process_index, len(source), process_count)
     for done, index in enumerate(share, 1):
-        if index not in noted or not _is_whole(folder, index, source):
-            _encode_clip(source, index, encode_moments, folder, batch_size, dtype)
+        if index not in noted or not _is_whole(place, index, source):
+            _encode_clip(source, index, encode_moments, place, batch_size, dtype)
         if progress:
             progress(done, len(share))
     if process_index == 0:
-        _wait(lambda: len(_noted(folder)) >= len(source), folder, len(source), stall_s)
-        _write_index(folder, plan, len(source))
+        _wait(lambda: len(_noted(place)) >= len(source), place, len(source), stall_s)
+        _write_index(place, plan, len(source))
     else:
-        _wait(lambda: (folder / INDEX).exists(), folder, len(source), stall_s)
-    return _skip_report(json.loads((folder / INDEX).read_bytes()))
+        _wait(lambda: (place / INDEX).exists(), place, len(source), stall_s)
+    return _skip_report(json.loads((place / INDEX).read_bytes()))
+
+
+def has_latent_cache(folder: str | Path) -> bool:
+    """Whether a finished cache is there, of whichever autoencoder."""
+    return (make_path(folder) / INDEX).exists()
 
 
 def ensure_latent_cache(
@@ -83,19 +88,28 @@ def ensure_latent_cache(
     digest: str,
     split: str | None = None,
     progress: Progress | None = None,
-    **processes: Any,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> SkipReport | None:
     """Build the cache that `data.latent_cache` names unless a finished one is there; returns the report of a build.
 
-    data: see `sources.make_source`; its clips are read whole. split: default `data.split`. processes: process_index,
-    process_count and stall_s of `build_latent_cache`. A finished cache is left as it is, and `LatentCache` refuses it
-    if it belongs to another autoencoder.
+    data: see `sources.make_source`; its clips are read whole. split: default `data.split`. process_index,
+    process_count: see `build_latent_cache`. A finished cache is left as it is, and `LatentCache` refuses it if it
+    belongs to another autoencoder.
     """
     folder = make_path(data.latent_cache)
-    if (folder / INDEX).exists():
+    if has_latent_cache(folder):
         return None
     source = make_source(dataclasses.replace(data, latent_cache=""), split or data.split)
-    return build_latent_cache(source, encode_moments, folder, digest, progress=progress, **processes)
+    return build_latent_cache(
+        source,
+        encode_moments,
+        folder,
+        digest,
+        progress=progress,
+        process_index=process_index,
+        process_count=process_count,
+    )
 
 
 def _claim(folder: Any, plan: dict[str, Any]) -> None:

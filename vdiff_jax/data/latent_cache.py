@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from vdiff_jax.data.paths import make_path
-from vdiff_jax.data.sources import Record, SkipReport, Windows, in_split
+from vdiff_jax.data.sources import Record, SkipReport, Windows, all_too_short, in_split
 
 PLAN, INDEX, CHECKSUMS = "plan.json", "index.json", "checksums.npy"
 
@@ -62,10 +62,10 @@ class LatentCache:
             if clip["num_frames"] < windows.shortest:
                 self.skipped.add(clip["name"], f"{clip['num_frames']} frames, {windows.shortest} needed")
         self._clips = [clip for clip in chosen if clip["num_frames"] >= windows.shortest]
+        if not chosen:
+            raise ValueError(f"{folder} holds no clip of split {split!r}, of {len(index['clips'])}; change the split")
         if not self._clips:
-            raise ValueError(
-                f"{folder} holds no usable clip in split {split!r} of {len(index['clips'])}; {self.skipped}"
-            )
+            raise ValueError(all_too_short(folder, [clip["num_frames"] for clip in chosen], windows))
 
     def _index(self) -> dict[str, Any]:
         try:
@@ -146,4 +146,4 @@ def read_frames(path: Any, start: int = 0, stop: int | None = None) -> np.ndarra
 
 def frame_checksums(moments: np.ndarray) -> np.ndarray:
     """CRC-32 of each frame: u32 [f]."""
-    return np.asarray([zlib.crc32(np.ascontiguousarray(frame)) for frame in moments], np.uint32)
+    return np.asarray([zlib.crc32(frame.tobytes()) for frame in moments], np.uint32)

@@ -12,6 +12,7 @@ Batches are `types.Batch` in numpy, this process's rows only.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
@@ -51,11 +52,14 @@ class _Reader:
     augment: Augment | None
     order: Any
 
+    @property
+    def rows(self) -> int:
+        return self.batch_size // self.process_count
+
     def __call__(self, step: int) -> dict[str, Any]:
-        rows = self.batch_size // self.process_count
-        first = int(step) * self.batch_size + self.process_index * rows
+        first = int(step) * self.batch_size + self.process_index * self.rows
         records, skipped = [], []
-        for position in range(first, first + rows):
+        for position in range(first, first + self.rows):
             records.append(self._read(position, skipped))
         captions = [str(record.get("caption", "")) for record in records]
         return {
@@ -105,7 +109,8 @@ class Loader:
         `partial(tokenizer.encode, context_length=32)`; None leaves them out.
     augment: `(record, rng) -> record` on u8 frames, for example `transforms.random_flip`.
     num_workers: decoding processes; 0 reads with `num_threads` threads, which is faster for most small clips.
-    prefetch: batches read ahead.
+    prefetch, prefetch_bytes: batches read ahead, by number and by memory, whichever is less (but one at least). With
+        worker processes each of them holds up to twice `prefetch` batches; `prefetch_bytes` is for all together.
     `skipped` counts clips that could not be read during training and were replaced by the next readable one.
     Raises ValueError for an empty source or sizes that do not divide.
     """
@@ -123,6 +128,7 @@ class Loader:
         num_threads: int = 4,
         prefetch: int = 4,
         shuffle: bool = True,
+        prefetch_bytes: int = 2 << 30,
     ):
         from grain import MapDataset
 
@@ -142,7 +148,19 @@ class Loader:
             num_threads,
             prefetch,
         )
-        self.skipped = SkipReport()
+        self.prefetch_bytes, self.skipped = prefetch_bytes, SkipReport()
+
+    @functools.cached_property
+    def batch_bytes(self) -> int:
+        """Bytes of this process's rows of a batch, by the first record that can be read."""
+        record = self._reader._read(self._reader.process_index, [])
+        return 4 * (record["moments"] if "moments" in record else record["frames"]).size * self._reader.rows
+
+    @property
+    def ahead(self) -> int:
+        """Batches that are read ahead, by each worker process where there are any."""
+        readers = 2 * self.num_workers or 1
+        return max(1, min(self.prefetch, self.prefetch_bytes // (readers * self.batch_bytes)))
 
     @property
     def steps_per_epoch(self) -> float:
@@ -169,12 +187,13 @@ class Loader:
         from absl import flags
 
         steps = grain.MapDataset.range(step, sys.maxsize).map(self._reader)
-        read = grain.ReadOptions(num_threads=self.num_threads, prefetch_buffer_size=self.prefetch)
+        ahead = self.ahead
+        read = grain.ReadOptions(num_threads=self.num_threads, prefetch_buffer_size=ahead)
         batches = steps.to_iter_dataset(read)
         if self.num_workers:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS(sys.argv[:1])  # the worker processes are started with our flags
-            options = grain.MultiprocessingOptions(num_workers=self.num_workers, per_worker_buffer_size=self.prefetch)
+            options = grain.MultiprocessingOptions(num_workers=self.num_workers, per_worker_buffer_size=ahead)
             batches = batches.mp_prefetch(options)
         iterator = iter(batches)
         try:

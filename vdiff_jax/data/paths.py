@@ -40,6 +40,7 @@ def _check_plugin(text: str, scheme: str) -> None:
     if importlib.util.find_spec("tensorflow") is not None:
         return  # then epath goes through it
     import fsspec
+    from fsspec.config import conf
 
     try:
         kind = fsspec.get_filesystem_class(scheme)
@@ -47,7 +48,7 @@ def _check_plugin(text: str, scheme: str) -> None:
         raise ImportError(f"{text}: {scheme}:// needs a plugin of fsspec ({error}); install it") from error
     # What other processes write has to be seen: plugins remember the listings of folders otherwise.
     for name in (kind.protocol,) if isinstance(kind.protocol, str) else kind.protocol:
-        fsspec.config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)
+        conf.setdefault(name, {}).setdefault("use_listings_cache", False)
 
 
 def is_remote(path: Any) -> bool:

@@ -173,12 +173,12 @@ def read_sound(
 
     from vdiff_jax.data.video_decode import Limits, VideoError, check_path, is_image, open_container, too_large
 
-    path, limits = check_path(path), limits or Limits()
+    place, limits = check_path(path), limits or Limits()
     if not (0 <= start_s < float("inf") and (duration_s is None or 0 < duration_s < float("inf"))):
         raise VideoError(f"cannot read {path}: need start_s >= 0 and duration_s > 0, got {start_s} and {duration_s}")
-    if path.is_dir() or is_image(path):
+    if place.is_dir() or is_image(place):
         return None
-    with open_container(path) as container:
+    with open_container(place) as container:
         if not container.streams.audio:
             return None
         stream = container.streams.audio[0]

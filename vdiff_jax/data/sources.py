@@ -116,6 +116,16 @@ class Windows:
         return start + times, times.astype(np.float32), anchor
 
 
+def all_too_short(folder: Any, lengths: list[int], windows: Windows) -> str:
+    """The sentence for a folder whose readable clips of `lengths` frames all lack the frames of a window."""
+    used = min(s for s, w in zip(windows.strides, windows.stride_weights) if w)
+    return (
+        f"all {len(lengths)} clips of {folder} are too short: the longest has {max(lengths)} frames, and a window of "
+        f"num_frames={windows.num_frames} at stride {used} needs {windows.shortest}; lower num_frames or the strides, "
+        "or give longer clips"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class _ClipFile:
     path: Any
@@ -164,35 +174,39 @@ class FolderSource:
         table = _read_captions(self.folder, set(names.values()))
         with ThreadPoolExecutor(num_threads) as pool:  # waiting for storage, most of the time
             opened = list(pool.map(lambda path: self._open(path, names[path], table), chosen))
-        self._clips = [clip for clip, _ in opened if clip is not None]
-        for path, (clip, reason) in zip(chosen, opened):
+        lengths = [length for _, length, _ in opened]
+        for path, (clip, _, reason) in zip(chosen, opened):
             if clip is None:
                 self.skipped.add(names[path], reason)
+        self._clips = [clip for clip, _, _ in opened if clip is not None]
         if not self._clips:
-            raise ValueError(self._why_none(len(paths), len(chosen), split, holdout))
+            raise ValueError(self._why_none(len(paths), lengths, split, holdout))
 
-    def _open(self, path: Any, name: str, table: dict[str, tuple[str, ...]]) -> tuple[_ClipFile | None, str]:
-        """The clip, or None and why it cannot be used."""
+    def _open(self, path: Any, name: str, table: dict[str, tuple[str, ...]]) -> tuple[_ClipFile | None, int, str]:
+        """The clip, or None; its number of frames, or 0 if it cannot be read; and why it cannot be used."""
         try:
             info = probe(path, self.limits)
             num_frames = self._length(info)
             if num_frames < self.windows.shortest:
-                return None, f"{num_frames} frames, {self.windows.shortest} needed"
-            return _ClipFile(path, name, num_frames, info.height, info.width, _captions_of(path, name, table)), ""
+                return None, num_frames, f"{num_frames} frames, {self.windows.shortest} needed"
+            captions = _captions_of(path, name, table)
+            return _ClipFile(path, name, num_frames, info.height, info.width, captions), num_frames, ""
         except (OSError, ValueError) as error:
-            return None, str(error)
+            return None, 0, str(error)
 
     def _length(self, info: VideoInfo) -> int:
         return int(info.duration_s * self.fps + 1e-6) if self.fps else info.num_frames
 
-    def _why_none(self, found: int, chosen: int, split: str, holdout: float) -> str:
+    def _why_none(self, found: int, lengths: list[int], split: str, holdout: float) -> str:
         if not found:
             return (
                 f"{self.folder} holds no clips (looked for {' '.join(VIDEO_SUFFIXES)} and folders of images); add some"
             )
-        if not chosen:
+        if not lengths:
             return f"split {split!r} with holdout {holdout} holds none of the {found} clips of {self.folder}; change it"
-        return f"none of the {chosen} clips of {self.folder} is usable; {self.skipped}"
+        if all(lengths):
+            return all_too_short(self.folder, lengths, self.windows)
+        return f"none of the {len(lengths)} clips of {self.folder} is usable; {self.skipped}"
 
     def __len__(self) -> int:
         return len(self._clips)
@@ -346,8 +360,11 @@ def _find_clips(folder: Any, single_images: bool) -> Iterator[Any]:
 def _captions_of(path: Any, name: str, table: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
     beside = path.parent / (path.name + ".txt") if path.is_dir() else path.with_suffix(".txt")
     if beside.is_file():
-        lines = tuple(line.strip() for line in beside.read_text(encoding="utf-8").splitlines() if line.strip())
-        return lines or ("",)
+        try:
+            text = beside.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{beside} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
+        return tuple(line.strip() for line in text.splitlines() if line.strip()) or ("",)
     return table.get(name, ("",))
 
 

@@ -56,25 +56,36 @@ class VideoInfo:
 
 def probe(path: str | os.PathLike, limits: Limits | None = None) -> VideoInfo:
     """Header of a video file, an image or a folder of frames; decodes nothing. Raises VideoError as `read_video`."""
-    path, limits = check_path(path), limits or Limits()
-    if path.is_dir():
-        return _probe_folder(path, limits)
-    return _probe_image(path, limits) if is_image(path) else _probe_av(path, limits)
+    place, limits = check_path(path), limits or Limits()
+    try:
+        if place.is_dir():
+            return _probe_folder(place, limits)
+        return _probe_image(place, limits) if is_image(place) else _probe_av(place, limits)
+    except Exception as error:
+        raise _damage(path, "", error) from error
+
+
+def _damage(path: Any, after: str, error: Exception) -> VideoError:
+    """What to say of an error while reading; damaged files make decoders raise nearly every kind of exception."""
+    if isinstance(error, VideoError):
+        return error
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return VideoError(f"{path} is damaged{after} ({' '.join(reason.split())}); make or copy it again")
 
 
 def check_path(path: str | os.PathLike) -> Any:
     """The path, see `make_path`. Raises VideoError if nothing can be read there."""
-    path = make_path(path)
+    place: Any = make_path(path)
     try:
-        if not path.exists():
+        if not place.exists():
             raise VideoError(f"{path} does not exist; check the path")
-        if not path.is_dir() and size_of(path) == 0:
+        if not place.is_dir() and size_of(place) == 0:
             raise VideoError(f"{path} is empty (0 bytes); copy or make the file again")
     except OSError as error:
         raise VideoError(f"{path} cannot be read ({error}); check the path and its permissions") from error
-    if not is_remote(path) and not os.access(path, os.R_OK):
+    if not is_remote(place) and not os.access(place, os.R_OK):
         raise VideoError(f"{path} cannot be read; check its permissions")
-    return path
+    return place
 
 
 def too_large(path: Any, what: str) -> str:
@@ -89,16 +100,20 @@ def _check_pixels(path: Any, height: int, width: int, limits: Limits) -> None:
 def decode(path: Any, info: VideoInfo, limits: Limits, seek_s: float) -> Iterator[tuple[float, np.ndarray]]:
     """(time in seconds from the first frame, u8 [h w 3]) of every frame from the key frame before `seek_s` on."""
     if path.is_dir():
-        frames = _decode_folder(path, info)
+        frames = _decode_folder(path, info, limits)
     else:
-        frames = _decode_image(path) if is_image(path) else _decode_av(path, info, limits, seek_s)
-    for count, (time, image) in enumerate(frames):
-        if count >= limits.max_frames:
-            raise VideoError(too_large(path, f"more than {limits.max_frames} frames"))
-        if time > seek_s + limits.max_duration_s:
-            raise VideoError(too_large(path, f"more than {limits.max_duration_s:.0f} s"))
-        _check_pixels(path, image.shape[0], image.shape[1], limits)
-        yield time, image
+        frames = _decode_image(path, limits) if is_image(path) else _decode_av(path, info, limits, seek_s)
+    count = 0
+    try:
+        for time, image in frames:
+            if count >= limits.max_frames:
+                raise VideoError(too_large(path, f"more than {limits.max_frames} frames"))
+            if time > seek_s + limits.max_duration_s:
+                raise VideoError(too_large(path, f"more than {limits.max_duration_s:.0f} s"))
+            yield time, image
+            count += 1
+    except Exception as error:
+        raise _damage(path, f" after {count} frames", error) from error
 
 
 # ---- ffmpeg -----------------------------------------------------------------------------------------------------
@@ -127,6 +142,8 @@ def _probe_av(path: Any, limits: Limits) -> VideoInfo:
             raise VideoError(f"{path} holds no video stream (it has only sound, or it is cut off); give a whole file")
         stream = container.streams.video[0]
         context = stream.codec_context
+        if context is None:
+            raise VideoError(f"{path} holds video of a codec that is not known here; convert it, to mp4 for example")
         _check_pixels(path, context.height, context.width, limits)
         fps = float(stream.average_rate or stream.guessed_rate or 25)
         duration = stream.duration and float(stream.duration * stream.time_base)
@@ -159,27 +176,22 @@ def seek_time(info: VideoInfo, start: int, fps: float | None) -> float:
 
 
 def _decode_av(path: Any, info: VideoInfo, limits: Limits, seek_s: float) -> Iterator[tuple[float, np.ndarray]]:
-    import av
-
     with open_container(path) as container:
         stream = container.streams.video[0]
+        stream.codec_context.options = {"max_pixels": str(limits.max_pixels)}  # before ffmpeg makes room for a frame
         stream.thread_type = "NONE"
         first = float((stream.start_time or 0) * stream.time_base)
         count = 0
-        try:
-            if seek_s:
-                container.seek(int((first + seek_s) / stream.time_base), stream=stream, backward=True)
-            for frame in container.decode(stream):
-                _check_pixels(path, frame.height, frame.width, limits)
-                time = frame.time - first if frame.time is not None else count / info.fps
-                image = frame.to_ndarray(format="rgb24")
-                if frame.rotation % 90 == 0 and frame.rotation:
-                    image = np.ascontiguousarray(np.rot90(image, frame.rotation // 90))
-                yield time, image
-                count += 1
-        except av.FFmpegError as error:
-            reason = error.strerror or str(error)
-            raise VideoError(f"{path} is damaged after {count} frames ({reason}); make or copy it again") from error
+        if seek_s:
+            container.seek(int((first + seek_s) / stream.time_base), stream=stream, backward=True)
+        for frame in container.decode(stream):
+            _check_pixels(path, frame.height, frame.width, limits)
+            time = frame.time - first if frame.time is not None else count / info.fps
+            image = frame.to_ndarray(format="rgb24")
+            if frame.rotation % 90 == 0 and frame.rotation:
+                image = np.ascontiguousarray(np.rot90(image, frame.rotation // 90))
+            yield time, image
+            count += 1
         if not count and not seek_s:
             raise VideoError(f"{path} holds no frames; make or copy it again")
 
@@ -209,16 +221,13 @@ def _open_image(path: Any) -> Any:
 def _probe_image(path: Any, limits: Limits) -> VideoInfo:
     with _open_image(path) as image:
         _check_pixels(path, image.height, image.width, limits)
-        try:
-            count = getattr(image, "n_frames", 1)
-            durations = []
-            for i in range(min(count, limits.max_frames + 1) if count > 1 else 0):
-                image.seek(i)
-                if image.format == "WEBP":
-                    image.load()  # only then does Pillow know this frame's duration
-                durations.append(_duration(image))
-        except (OSError, EOFError, SyntaxError) as error:
-            raise VideoError(f"{path} is a damaged image ({error}); make or copy it again") from error
+        count = getattr(image, "n_frames", 1)
+        durations = []
+        for i in range(min(count, limits.max_frames + 1) if count > 1 else 0):
+            image.seek(i)
+            if image.format == "WEBP":
+                image.load()  # only then does Pillow know this frame's duration
+            durations.append(_duration(image))
         total = sum(durations) or 1.0
         comment = image.info.get("comment", "")
         comment = comment.decode("latin-1") if isinstance(comment, bytes) else str(comment)
@@ -232,17 +241,15 @@ def _duration(image: Any) -> float:
     return milliseconds / 1000.0 if milliseconds > 10 else 0.1
 
 
-def _decode_image(path: Any) -> Iterator[tuple[float, np.ndarray]]:
+def _decode_image(path: Any, limits: Limits) -> Iterator[tuple[float, np.ndarray]]:
     from PIL import Image
 
     with _open_image(path) as image:
         time = 0.0
         for i in range(getattr(image, "n_frames", 1)):
-            try:
-                image.seek(i)
-                rgba = image.convert("RGBA")
-            except (OSError, EOFError, SyntaxError) as error:
-                raise VideoError(f"{path} is damaged after {i} frames ({error}); make or copy it again") from error
+            image.seek(i)
+            _check_pixels(path, image.height, image.width, limits)
+            rgba = image.convert("RGBA")
             white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
             yield time, np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))
             time += _duration(image)
@@ -268,6 +275,6 @@ def _probe_folder(path: Any, limits: Limits) -> VideoInfo:
     return VideoInfo(str(path), first.height, first.width, fps, len(files), len(files) / fps, metadata)
 
 
-def _decode_folder(path: Any, info: VideoInfo) -> Iterator[tuple[float, np.ndarray]]:
+def _decode_folder(path: Any, info: VideoInfo, limits: Limits) -> Iterator[tuple[float, np.ndarray]]:
     for i, file in enumerate(_frame_files(path)):
-        yield i / info.fps, next(_decode_image(file))[1]
+        yield i / info.fps, next(_decode_image(file, limits))[1]

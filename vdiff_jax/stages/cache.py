@@ -41,8 +41,14 @@ def fill_latent_cache(data: DataConfig, autoencoder: Component, params: Params, 
             share = "" if jax.process_count() == 1 else " of this process"
             print(f"latent cache {data.latent_cache}: {done} of {total} clips{share} encoded", file=sys.stderr)
 
-    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    report = ensure_latent_cache(data, encode, digest, progress=progress, **processes)
+    report = ensure_latent_cache(
+        data,
+        encode,
+        digest,
+        progress=progress,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
     if first and report is not None and report.count:
         print(report, file=sys.stderr)
 
