@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from vdiff_jax.data.latent_cache import CHECKSUMS, INDEX, PLAN, frame_checksums, read_frames
-from vdiff_jax.data.paths import make_path, write_whole
+from vdiff_jax.data.paths import entries, make_path, write_whole
 from vdiff_jax.data.sources import SkipReport, make_source
 from vdiff_jax.data.transforms import to_video
 
@@ -115,7 +115,7 @@ def ensure_latent_cache(
 def _claim(folder: Any, plan: dict[str, Any]) -> None:
     """Write plan.json, or check that the one there asks for the same thing."""
     path = folder / PLAN
-    others = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
+    others = [entry.name for entry in entries(folder) if not entry.name.startswith(".")]
     if others and not path.exists():  # asked in this order: another process may be writing it now
         raise ValueError(f"{folder} is not empty and holds no latent cache; choose another folder")
     if not others:
@@ -138,7 +138,7 @@ def _note(index: int) -> str:
 
 def _noted(folder: Any) -> set[int]:
     """Numbers of the clips that are done or found unreadable."""
-    stems = [entry.stem for entry in folder.iterdir() if entry.suffix == ".json"]
+    stems = [entry.stem for entry in entries(folder) if entry.suffix == ".json"]
     return {int(stem) for stem in stems if stem.isdigit()}
 
 

@@ -61,6 +61,14 @@ def size_of(path: Any) -> int:
     return stat.length if is_remote(path) else stat.st_size
 
 
+def entries(folder: Any) -> list[Any]:
+    """What a folder holds; nothing where there is none, for object storage knows no empty folders."""
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
+
+
 def write_whole(path: Any, data: bytes) -> None:
     """Write a file that appears whole or not at all, whoever is stopped when.
 
