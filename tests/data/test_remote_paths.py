@@ -116,7 +116,7 @@ def test_a_latent_cache_far_away(folders, tmp_path):
     content[-1] ^= 1
     write_whole(make_path("s3://bucket/cache/000001.npy"), bytes(content))
     loader = Loader(far, None, 4)
-    for step in range(8):
+    for step in range(40):
         loader.batch_at(step)
     assert list(loader.skipped.reasons) == ["b.webm"]
     make_path("s3://bucket/cache/index.json").unlink()

@@ -2,8 +2,8 @@
 
 Row r of step s on process i of k has the position  p = s * batch_size + i * batch_size / k + r  in an endless stream:
 the processes' rows, one after the other, are the batch that one process would read. Position p belongs to epoch p // n
-and shows the clip `order[p]`, a new permutation of the n clips each epoch; its window and augmentation come from an rng
-of (seed, p). Hence no batch depends on calls before it, on worker processes or threads,
+and shows the clip of place p % n in that epoch's own permutation of the n clips; its window and augmentation come from
+an rng of (seed, p). Hence no batch depends on calls before it, on worker processes or threads,
 and the processes' shards are disjoint and cover each epoch exactly.
 
 Batches are `types.Batch` in numpy, this process's rows only.
@@ -39,6 +39,12 @@ class HostBatch:
     skipped: list[tuple[str, str]]
 
 
+@functools.lru_cache(maxsize=8)
+def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch, u32 [n]: 4 bytes a clip, where grain's shuffle without memory is slow for few clips."""
+    return np.random.default_rng([seed, epoch]).permutation(np.arange(n, dtype=np.uint32))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Reader:
     """step -> one local batch, as a dictionary. Picklable: worker processes get a copy."""
@@ -50,7 +56,7 @@ class _Reader:
     process_index: int
     process_count: int
     augment: Augment | None
-    order: Any
+    shuffle: bool
 
     @property
     def rows(self) -> int:
@@ -71,7 +77,8 @@ class _Reader:
 
     def _read(self, position: int, skipped: list[tuple[str, str]]) -> Record:
         """The record at a position, or the next readable one after its clip."""
-        wanted, n = int(self.order[position]), len(self.source)
+        n = len(self.source)
+        wanted = int(_permutation(n, self.seed, position // n)[position % n]) if self.shuffle else position % n
         tries = min(n, _MOST_TRIES)
         for index in range(wanted, wanted + tries):
             rng = np.random.default_rng([self.seed, position])
@@ -92,7 +99,9 @@ class _Reader:
                 f"clips of one batch differ in shape, {shapes[0]} and {shapes[-1]}; give the source a size"
             )
         stacked = np.stack([record[key] for record in records])
-        arrays = {"moments": stacked.astype(np.float32)} if key == "moments" else {"video": to_video(stacked)}
+        arrays = (
+            {"moments": stacked.astype(np.float32, copy=False)} if key == "moments" else {"video": to_video(stacked)}
+        )
         frames = np.arange(stacked.shape[1], dtype=np.float32)
         arrays["times"] = np.stack([np.asarray(record.get("times", frames), np.float32) for record in records])
         arrays["anchor"] = np.asarray([bool(record.get("anchor", False)) for record in records])
@@ -130,8 +139,6 @@ class Loader:
         shuffle: bool = True,
         prefetch_bytes: int = 2 << 30,
     ):
-        from grain import MapDataset
-
         if not len(source):
             raise ValueError("the source has no clips, so there are 0 batches; give it at least one")
         if batch_size < 1 or process_count < 1 or batch_size % process_count or not 0 <= process_index < process_count:
@@ -139,9 +146,7 @@ class Loader:
                 f"batch_size {batch_size} must be a positive multiple of the {process_count} processes "
                 f"(this one is number {process_index})"
             )
-        order = MapDataset.range(len(source)).seed(seed)
-        order = (order.shuffle() if shuffle else order).repeat()
-        self._reader = _Reader(source, encode_prompts, batch_size, seed, process_index, process_count, augment, order)
+        self._reader = _Reader(source, encode_prompts, batch_size, seed, process_index, process_count, augment, shuffle)
         self.batch_size, self.num_workers, self.num_threads, self.prefetch = (
             batch_size,
             num_workers,

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from vdiff_jax.data.paths import make_path
 from vdiff_jax.data.sources import Record, Windows
 from vdiff_jax.data.transforms import centre_crop_resize
 
@@ -134,7 +135,7 @@ def _builder(folder: str | Path | None, name: str | None, data_dir: str | None) 
     if (folder is None) == (name is None):
         raise ValueError("a tfds source needs either folder or name (with data_dir)")
     if folder is not None:
-        if not (Path(folder) / "dataset_info.json").is_file():
+        if not (make_path(folder) / "dataset_info.json").exists():
             raise FileNotFoundError(f"{folder} holds no dataset_info.json; give the folder of a prepared data set")
         return tfds.builder_from_directory(str(folder))
     builder = tfds.builder(str(name), data_dir=data_dir, file_format="array_record")
