@@ -14,26 +14,20 @@ All chance comes in through `rng`: equal (index, rng state), equal record. `sour
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
-import io
-import json
-import warnings
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
+from vdiff_jax.data.clip_folder import captions_of, find_clips, read_captions
 from vdiff_jax.data.paths import make_path
-from vdiff_jax.data.video_decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Limits, VideoInfo, probe
+from vdiff_jax.data.video_decode import VIDEO_SUFFIXES, Limits, VideoInfo, probe
 from vdiff_jax.data.video_io import read_video
-from vdiff_jax.data.video_write import CLIP_JSON
 
 Record: TypeAlias = dict[str, Any]
-_NOTES = (".txt", ".json", ".jsonl", ".csv")
 _DIRECTIONS = ("right", "left", "down", "up")
 SPLITS = ("all", "train", "heldout")
 
@@ -168,10 +162,10 @@ class FolderSource:
             raise FileNotFoundError(f"{folder} is not a folder; give a folder of clips")
         if split != "all" and (self.folder / split).is_dir():
             self.folder, split = self.folder / split, "all"
-        paths = sorted(_find_clips(self.folder, single_images=windows.num_frames == 1))
+        paths = sorted(find_clips(self.folder, single_images=windows.num_frames == 1))
         names = {path: path.relative_to(self.folder).as_posix() for path in paths}
         chosen = [path for path in paths if in_split(names[path], split, holdout)]
-        table = _read_captions(self.folder, set(names.values()))
+        table = read_captions(self.folder, set(names.values()))
         with ThreadPoolExecutor(num_threads) as pool:  # waiting for storage, most of the time
             opened = list(pool.map(lambda path: self._open(path, names[path], table), chosen))
         lengths = [length for _, length, _ in opened]
@@ -189,7 +183,7 @@ class FolderSource:
             num_frames = self._length(info)
             if num_frames < self.windows.shortest:
                 return None, num_frames, f"{num_frames} frames, {self.windows.shortest} needed"
-            captions = _captions_of(path, name, table)
+            captions = captions_of(path, name, table)
             return _ClipFile(path, name, num_frames, info.height, info.width, captions), num_frames, ""
         except (OSError, ValueError) as error:
             return None, 0, str(error)
@@ -335,78 +329,3 @@ def in_split(name: str, split: str, holdout: float) -> bool:
         raise ValueError(f"split must be one of {SPLITS} and holdout within 0..1, got {split!r} and {holdout}")
     place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
     return split == "all" or (place < holdout) == (split == "heldout")
-
-
-# ---- files and captions -----------------------------------------------------------------------------------------
-
-
-def _find_clips(folder: Any, single_images: bool) -> Iterator[Any]:
-    """Video files, animated images, and folders that hold images but no videos."""
-    entries = [p for p in folder.iterdir() if not p.name.startswith(".")]
-    animated = (*VIDEO_SUFFIXES, ".gif", ".webp", ".apng")  # the suffix is asked first: `is_file` may go far away
-    videos = [p for p in entries if p.suffix.lower() in animated and p.is_file()]
-    stills = [p for p in entries if p.suffix.lower() in IMAGE_SUFFIXES and p not in videos and p.is_file()]
-    yield from videos
-    if (stills and not videos and not single_images) or (folder / CLIP_JSON).is_file():
-        yield folder
-    elif single_images:
-        yield from stills
-    files = {*videos, *stills}
-    for entry in entries:
-        if entry not in files and entry.suffix.lower() not in _NOTES and entry.is_dir():
-            yield from _find_clips(entry, single_images)
-
-
-def _captions_of(path: Any, name: str, table: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
-    beside = path.parent / (path.name + ".txt") if path.is_dir() else path.with_suffix(".txt")
-    if beside.is_file():
-        try:
-            text = beside.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{beside} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
-        return tuple(line.strip() for line in text.splitlines() if line.strip()) or ("",)
-    return table.get(name, ("",))
-
-
-def _read_captions(folder: Any, names: set[str]) -> dict[str, tuple[str, ...]]:
-    """captions.jsonl or captions.csv -> captions by clip name; rows may name a clip without its suffix."""
-    path = next((p for p in (folder / "captions.jsonl", folder / "captions.csv") if p.is_file()), None)
-    if path is None:
-        return {}
-    by_stem = {str(Path(name).with_suffix("").as_posix()): name for name in names}
-    table: dict[str, tuple[str, ...]] = {}
-    unmatched = []
-    for number, row in _rows(path):
-        file, caption = row.get("file"), row.get("caption")
-        if not isinstance(file, str) or not isinstance(caption, str):
-            raise ValueError(f'{path}, line {number}: each row needs "file" and "caption" text, got {row}')
-        name = file if file in names else by_stem.get(file)
-        if name is None:
-            unmatched.append(file)
-        else:
-            table[name] = (*table.get(name, ()), caption.strip())
-    if unmatched:
-        warnings.warn(
-            f"{path} has captions for {len(unmatched)} clips that are not there: {unmatched[:3]}", stacklevel=2
-        )
-    return table
-
-
-def _rows(path: Any) -> Iterator[tuple[int, dict[str, Any]]]:
-    with io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="") as file:
-        if path.suffix == ".csv":
-            reader = csv.DictReader(file)
-            if not {"file", "caption"} <= set(reader.fieldnames or ()):
-                raise ValueError(
-                    f'{path} needs the columns "file" and "caption", its first line is {reader.fieldnames}'
-                )
-            for row in reader:
-                yield reader.line_num, row
-            return
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {number} is not JSON ({error}); fix or remove it") from error
-                yield number, row if isinstance(row, dict) else {}
