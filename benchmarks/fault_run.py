@@ -54,10 +54,10 @@ def start(mesh: jax.sharding.Mesh):
 
     def loss_fn(params, batch, keys):
         video = batch["video"].reshape(batch["video"].shape[0], -1)
-        noise = jax.random.normal(keys[0], (256,))  # the same for all rows: their order is the processes'
-        return jnp.mean(jnp.square(video @ params["kernel"] + (params["bias"] - noise)[None])), {}
+        noise = jax.vmap(lambda key: jax.random.normal(key, (256,)))(keys)
+        return jnp.mean(jnp.square(video @ params["kernel"] + params["bias"][None] - noise)), {}
 
-    # A large epsilon: rounding, which the order of the rows decides, would else be blown up where gradients are small.
+    # A large epsilon: rounding, which the devices decide, would else be blown up where gradients are small.
     optimizer = optax.adamw(1e-2, eps=1e-3)
     state, shardings = init_sharded_state(init, optimizer, jax.random.key(1), mesh)
     return state, shardings, make_train_step(loss_fn, optimizer, mesh, shardings, ema_decay=0.9)
