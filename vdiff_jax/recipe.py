@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from ml_collections import ConfigDict
 
 from vdiff_jax.components import KINDS, make_config
+from vdiff_jax.data.buckets import parse_buckets
 from vdiff_jax.diffusion.patterns import Mixture
 from vdiff_jax.models.lora import DEFAULT_TARGETS
 from vdiff_jax.training.autoencoder_loss import AutoencoderLossConfig
@@ -38,6 +39,8 @@ class DataConfig:
         each with its one caption, as if they were files; 0 = new scenes without end.
     captions_key, video_key: features of a TFDS dataset.
     num_workers: processes that decode; 0 uses threads. latent_cache: folder of encoded clips, or empty.
+    buckets: shapes of batches for a folder of mixed clips and images, `(frames, height, width)` each, or with an own
+        batch size as fourth; empty = all are num_frames of size. See `data.buckets`.
 
     With `model.init_from`, a size, num_frames, native_fps or context_length of 0 is that model's own.
     """
@@ -61,6 +64,7 @@ class DataConfig:
     captions_key: str = "caption"
     num_workers: int = 0
     latent_cache: str = ""
+    buckets: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,6 +262,9 @@ def checked_data(config: DataConfig, *, may_be_open: bool = False) -> DataConfig
         raise ValueError("data.strides and data.stride_weights need the same length")
     if config.num_scenes < 0 or (config.num_scenes and config.source != "shapes"):
         raise ValueError(f"data.num_scenes={config.num_scenes}: 0, or above 0 with data.source='shapes'")
+    if config.buckets and (config.source != "folder" or config.latent_cache):
+        raise ValueError("data.buckets works with data.source='folder' and without data.latent_cache: leave one out")
+    parse_buckets(config.buckets, config.batch_size)
     if config.source in ("folder", "tfds") and not config.folder:
         raise ValueError(f"data.source={config.source!r} needs data.folder")
     return config
@@ -278,6 +285,8 @@ def lora_config(recipe: Recipe) -> LoraConfig:
         raise ValueError(f"lora.alpha={config.alpha}: it must be above 0")
     if not 0 <= config.prior_share < 1:
         raise ValueError(f"lora.prior_share={config.prior_share}: it must be at least 0 and below 1")
+    if config.prior_share and recipe.data.buckets:
+        raise ValueError(f"lora.prior_share={config.prior_share}: both parts are one batch; leave data.buckets empty")
     if config.prior_share and not config.prior:
         raise ValueError(
             f"lora.prior_share={config.prior_share} needs lora.prior: the fields of the data section that lead to what "

@@ -29,13 +29,15 @@ class Stream:
 
     host: has `starting_at(step) -> iterator` of this process's rows of raw batches; whole: the same of all rows.
     finish: raw device batch -> Batch, jitted or the identity. captions: a list of all words or captions a tokenizer is
-    fitted on. left_out: clips that cannot be used at all; unread: clips that failed while training, filled as it goes.
+    fitted on. example_steps: steps whose batches have between them every shape there is. left_out: clips that cannot be
+    used at all; unread: clips that failed while training, filled as it goes.
     """
 
     host: Any
     whole: Any
     finish: Callable[[dict[str, Any]], Batch]
     captions: Callable[[], list[str]]
+    example_steps: tuple[int, ...] = (0,)
     left_out: SkipReport = dataclasses.field(default_factory=SkipReport)
     unread: SkipReport = dataclasses.field(default_factory=SkipReport)
 
@@ -97,11 +99,50 @@ def make_stream(
     from vdiff_jax.data.loader import Loader
     from vdiff_jax.data.sources import make_source
 
+    if data.buckets:
+        return _bucket_stream(data, encode_prompts, seed, anchor_rate, split or data.split, share)
     source = make_source(data, split or data.split, digest, anchor_rate)
     host = Loader(source, encode_prompts, data.batch_size, seed=seed, num_workers=data.num_workers, **process)
     whole = Loader(source, encode_prompts, data.batch_size, seed=seed) if share[1] > 1 else host
     left_out = getattr(source, "skipped", SkipReport())
-    return Stream(host, whole, lambda batch: batch, source.captions, left_out, host.skipped)
+    return Stream(host, whole, lambda batch: batch, source.captions, left_out=left_out, unread=host.skipped)
+
+
+def _bucket_stream(
+    data: DataConfig,
+    encode_prompts: Callable[[list[str]], tuple[np.ndarray, np.ndarray]] | None,
+    seed: int,
+    anchor_rate: float,
+    split: str,
+    share: tuple[int, int],
+) -> Stream:
+    """Batches of one bucket at a time, see `data.buckets`."""
+    from vdiff_jax.data.buckets import BucketLoader
+    from vdiff_jax.data.loader import Loader
+    from vdiff_jax.data.sources import make_bucket_sources
+
+    source, parts = make_bucket_sources(data, split, anchor_rate)
+
+    def loader(index: int, count: int) -> BucketLoader:
+        shared: dict[str, Any] = dict(num_workers=data.num_workers, process_index=index, process_count=count)
+        return BucketLoader(
+            [
+                Loader(part, encode_prompts, bucket.batch_size, seed=seed + number, **shared)
+                for number, (bucket, part) in enumerate(parts)
+            ],
+            seed,
+        )
+
+    host = loader(*share)
+    return Stream(
+        host,
+        loader(0, 1) if share[1] > 1 else host,
+        lambda batch: batch,
+        source.captions,
+        tuple(host.example_steps()),
+        source.skipped,
+        host.skipped,
+    )
 
 
 def _renderer(world: Any) -> Callable[[dict[str, Any]], Batch]:

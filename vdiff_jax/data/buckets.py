@@ -42,7 +42,8 @@ def parse_buckets(shapes: Sequence[Sequence[int]], batch_size: int) -> tuple[Buc
             raise ValueError(
                 f"data.buckets: {shape} is no bucket; give (frames, height, width), or with a batch size as fourth"
             )
-        buckets.append(Bucket(*values[:3], values[3] if len(values) == 4 else batch_size))
+        frames, height, width, *own = values
+        buckets.append(Bucket(frames, height, width, *own or [batch_size]))
     names = [str(bucket) for bucket in buckets]
     if len(set(names)) < len(names):
         raise ValueError(f"data.buckets: {max(names, key=names.count)} stands there twice; remove one")
@@ -116,6 +117,11 @@ class BucketLoader:
         self.skipped = self.loaders[0].skipped
         for loader in self.loaders:
             loader.skipped = self.skipped
+
+    def example_steps(self) -> list[int]:
+        """The first step of each bucket: one batch of every shape there is."""
+        buckets = [self.order.at(step)[0] for step in range(sum(self.order.batches))]
+        return [buckets.index(bucket) for bucket in range(len(self.loaders))]
 
     @property
     def steps_per_epoch(self) -> float:

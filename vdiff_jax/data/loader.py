@@ -105,6 +105,8 @@ class _Reader:
         frames = np.arange(stacked.shape[1], dtype=np.float32)
         arrays["times"] = np.stack([np.asarray(record.get("times", frames), np.float32) for record in records])
         arrays["anchor"] = np.asarray([bool(record.get("anchor", False)) for record in records])
+        if "valid" in records[0]:
+            arrays["valid"] = np.stack([record["valid"] for record in records])
         if self.encode_prompts is not None:
             arrays["tokens"], arrays["token_mask"] = self.encode_prompts(captions)
         return arrays

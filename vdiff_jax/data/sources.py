@@ -14,14 +14,17 @@ All chance comes in through `rng`: equal (index, rng state), equal record. `sour
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
+from vdiff_jax.data.buckets import Bucket, assign, filled, parse_buckets
 from vdiff_jax.data.clip_folder import captions_of, find_clips, read_captions
 from vdiff_jax.data.paths import make_path
 from vdiff_jax.data.video_decode import VIDEO_SUFFIXES, Limits, VideoInfo, probe
@@ -71,6 +74,7 @@ class Windows:
     strides, stride_weights: distances between frames in native intervals and how often each is drawn, among those the
         clip is long enough for. anchor_rate: share of windows whose frame 0 is replaced by an anchor, a frame
         `anchor_range` intervals before the window; clips without such a frame get none.
+    fill: windows of clips that are too short have fewer frames, those at the smallest stride, and are filled up later.
     """
 
     num_frames: int
@@ -78,6 +82,7 @@ class Windows:
     stride_weights: tuple[float, ...] = (1.0,)
     anchor_rate: float = 0.0
     anchor_range: tuple[int, int] = (8, 64)
+    fill: bool = False
 
     def __post_init__(self):
         if self.num_frames < 1 or not self.strides or min(self.strides) < 1:
@@ -92,19 +97,25 @@ class Windows:
     @property
     def shortest(self) -> int:
         """Frames a clip needs at least."""
-        used = [s for s, w in zip(self.strides, self.stride_weights) if w]
-        return (self.num_frames - 1) * min(used) + 1
+        return 1 if self.fill else (self.num_frames - 1) * self.smallest_stride + 1
+
+    @property
+    def smallest_stride(self) -> int:
+        return min(s for s, w in zip(self.strides, self.stride_weights) if w)
 
     def draw(self, available: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, bool]:
         """Frame numbers i64 [f], time stamps f32 [f] and the anchor flag, for a clip of `available` frames."""
-        fits = [(self.num_frames - 1) * s < available for s in self.strides]
+        num_frames = self.num_frames
+        if self.fill:
+            num_frames = min(num_frames, (available - 1) // self.smallest_stride + 1)
+        fits = [(num_frames - 1) * s < available for s in self.strides]
         weights = np.where(fits, self.stride_weights, 0.0)
         if not weights.sum():
             raise ValueError(f"a window needs {self.shortest} frames, the clip has {available}; use fewer frames")
         stride = int(rng.choice(self.strides, p=weights / weights.sum()))
-        times = stride * np.arange(self.num_frames)
+        times = stride * np.arange(num_frames)
         start = int(rng.integers(available - times[-1]))
-        anchor = bool(rng.random() < self.anchor_rate) and self.num_frames > 1 and start >= self.anchor_range[0]
+        anchor = bool(rng.random() < self.anchor_rate) and num_frames > 1 and start >= self.anchor_range[0]
         if anchor:
             times[0] = -rng.integers(self.anchor_range[0], min(self.anchor_range[1], start) + 1)
         return start + times, times.astype(np.float32), anchor
@@ -112,11 +123,10 @@ class Windows:
 
 def all_too_short(folder: Any, lengths: list[int], windows: Windows) -> str:
     """The sentence for a folder whose readable clips of `lengths` frames all lack the frames of a window."""
-    used = min(s for s, w in zip(windows.strides, windows.stride_weights) if w)
     return (
         f"all {len(lengths)} clips of {folder} are too short: the longest has {max(lengths)} frames, and a window of "
-        f"num_frames={windows.num_frames} at stride {used} needs {windows.shortest}; lower num_frames or the strides, "
-        "or give longer clips"
+        f"num_frames={windows.num_frames} at stride {windows.smallest_stride} needs {windows.shortest}; lower "
+        "num_frames or the strides, or give longer clips"
     )
 
 
@@ -176,6 +186,21 @@ class FolderSource:
         if not self._clips:
             raise ValueError(self._why_none(len(paths), lengths, split, holdout))
 
+    def bucketed(self, buckets: Sequence[Bucket], windows: Windows) -> list[FolderSource]:
+        """The clips of each bucket as a source of their own, see `buckets.assign`; some may be empty.
+
+        windows: as they are drawn in all buckets, but for the number of frames.
+        """
+        where = assign([(clip.num_frames, clip.height, clip.width) for clip in self._clips], buckets)
+        parts = []
+        for index, bucket in enumerate(buckets):
+            part = copy.copy(self)
+            part.windows = dataclasses.replace(windows, num_frames=bucket.num_frames, fill=True)
+            part.size = (bucket.height, bucket.width)
+            part._clips = [clip for clip, place in zip(self._clips, where) if place == index]
+            parts.append(part)
+        return parts
+
     def _open(self, path: Any, name: str, table: dict[str, tuple[str, ...]]) -> tuple[_ClipFile | None, int, str]:
         """The clip, or None; its number of frames, or 0 if it cannot be read; and why it cannot be used."""
         try:
@@ -189,7 +214,7 @@ class FolderSource:
             return None, 0, str(error)
 
     def _length(self, info: VideoInfo) -> int:
-        return int(info.duration_s * self.fps + 1e-6) if self.fps else info.num_frames
+        return int(info.duration_s * self.fps + 1e-6) if self.fps and info.num_frames > 1 else info.num_frames
 
     def _why_none(self, found: int, lengths: list[int], split: str, holdout: float) -> str:
         if not found:
@@ -231,7 +256,7 @@ class FolderSource:
         frames = window.frames
         if anchor:
             frames = np.concatenate([self._read(clip, 1, int(numbers[0]), 1).frames, frames])
-        return {
+        record = {
             "frames": frames,
             "times": times,
             "anchor": anchor,
@@ -239,6 +264,7 @@ class FolderSource:
             "caption": caption,
             "name": clip.name,
         }
+        return filled(record, self.windows.num_frames) if self.windows.fill else record
 
     def read_whole(self, index: int) -> Record:
         """Every frame of a clip: `frames`, `fps`, `name` and `captions`, the tuple of all alternatives."""
@@ -302,7 +328,8 @@ def make_source(data: Any, split: str = "train", digest: str | None = None, anch
 
     data: has the fields `source` ("folder", "tfds" or "synthetic"), `folder`, `size`, `num_frames`, `native_fps`,
         `strides`, `stride_weights`, `video_key`, `captions_key` and `latent_cache` (a folder of encoded
-        clips to read instead, or ""); optional `holdout`, the share of clips kept out of "train" (default 0.1).
+        clips to read instead, or ""); optional `holdout`, the share of clips kept out of "train" (default 0.1), and
+        `buckets`: with them, single frames of all clips and images of a folder, see `make_bucket_sources`.
     digest: the autoencoder in use; a latent cache of another one is refused.
     anchor_rate: share of windows that open with an anchor frame.
     """
@@ -314,6 +341,7 @@ def make_source(data: Any, split: str = "train", digest: str | None = None, anch
     if data.latent_cache:
         return LatentCache(data.latent_cache, windows, digest, split, holdout)
     if data.source == "folder":
+        windows = Windows(1) if getattr(data, "buckets", ()) else windows
         return FolderSource(data.folder, windows, data.size, split, holdout, data.native_fps)
     if data.source == "tfds":
         keys = {"frames_key": data.video_key or None, "caption_key": data.captions_key or None}
@@ -321,6 +349,18 @@ def make_source(data: Any, split: str = "train", digest: str | None = None, anch
     if data.source == "synthetic":
         return SyntheticSource(256, windows, data.size)
     raise ValueError(f'unknown source {data.source!r}; use "folder", "tfds" or "synthetic"')
+
+
+def make_bucket_sources(
+    data: Any, split: str = "train", anchor_rate: float = 0.0
+) -> tuple[FolderSource, list[tuple[Bucket, FolderSource]]]:
+    """All clips of a folder, and those of each of `data.buckets` that has any."""
+    source = make_source(data, split)
+    assert isinstance(source, FolderSource)
+    buckets = parse_buckets(data.buckets, data.batch_size)
+    windows = Windows(1, tuple(data.strides), tuple(data.stride_weights), anchor_rate)
+    parts = zip(buckets, source.bucketed(buckets, windows))
+    return source, [(bucket, part) for bucket, part in parts if len(part)]
 
 
 def in_split(name: str, split: str, holdout: float) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from vdiff_jax import parallel
+from vdiff_jax.data.buckets import parse_buckets
 from vdiff_jax.recipe import Recipe, check_stage, data_config, lora_config
 from vdiff_jax.stages.autoencoder import autoencoder_stage
 from vdiff_jax.stages.diffusion import diffusion_stage
@@ -24,8 +25,11 @@ def make_stage(recipe: Recipe, mesh: Mesh, workdir: Path) -> Stage:
 
     Raises ValueError for settings that cannot work and OSError for data that cannot be read, before anything is made.
     """
-    parallel.check_batch_size(data_config(recipe).batch_size, mesh)
-    parallel.check_num_frames(data_config(recipe).num_frames, mesh)
+    data = data_config(recipe)
+    shapes = parse_buckets(data.buckets, data.batch_size) if data.buckets else (data,)
+    for shape in shapes:
+        parallel.check_batch_size(shape.batch_size, mesh)
+        parallel.check_num_frames(shape.num_frames, mesh)
     check_stage(recipe.stage)
     lora_config(recipe)
     start = load_start(recipe, mesh)

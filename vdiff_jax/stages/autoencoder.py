@@ -71,6 +71,7 @@ def autoencoder_stage(
         on_sample=on_sample,
         finish=finish,
         left_out=stream.left_out,
+        example_steps=stream.example_steps,
         unread=stream.unread,
         start=first,
     )

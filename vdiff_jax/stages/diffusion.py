@@ -87,7 +87,6 @@ def diffusion_stage(recipe: Recipe, data: DataConfig, start: VideoDiffusion | No
     picture = section(recipe, "picture", PictureConfig)
     shifts = (low_rank.shift if low_rank.rank else 0, 0)
     prepare = [make_prepare(networks, picture, data.native_fps, shift) for shift in shifts]
-    sizes = [part.batch_size for part in (data, prior_data) if part is not None]
 
     # --- loss
     weights = channel_weights(diffusion.channel_weighting, autoencoder, networks.fixed["autoencoder"], parts[0])
@@ -101,10 +100,11 @@ def diffusion_stage(recipe: Recipe, data: DataConfig, start: VideoDiffusion | No
     return Stage(
         init=networks.init,
         loss_fn=loss_fn,
-        batches_from=_batches(parts, sizes, prepare, networks, recipe.seed, mesh),
+        batches_from=_batches(parts, prepare, networks, recipe.seed, mesh),
         on_sample=_preview(model, networks, sample, workdir, data.native_fps),
         finish=_finish(model, networks),
         left_out=parts[0].left_out,
+        example_steps=parts[0].example_steps,
         unread=parts[0].unread,
         frozen=base,
         start=networks.start,
@@ -189,7 +189,7 @@ def _loss(
 
 
 def _batches(
-    streams: list[Stream], sizes: list[int], prepare: list[Prepare], networks: Networks, seed: int, mesh: Mesh
+    streams: list[Stream], prepare: list[Prepare], networks: Networks, seed: int, mesh: Mesh
 ) -> Callable[[int], Iterator[Batch]]:
     """step -> prepared batches from there on, of all streams together."""
     fixed = jax.device_put(networks.fixed, parallel.replicated(mesh))
@@ -197,7 +197,7 @@ def _batches(
     def prepared(part: int, step: int) -> Iterator[Batch]:
         part_key = jax.random.fold_in(jax.random.key(seed), 1 + part)
         for index, batch in enumerate(streams[part].starting_at(step, mesh), start=step):
-            keys = batch_keys(jax.random.fold_in(part_key, index), sizes[part], mesh)
+            keys = batch_keys(jax.random.fold_in(part_key, index), len(batch["times"]), mesh)
             yield prepare[part](fixed, batch, keys)
 
     return lambda step: mixed([prepared(part, step) for part in range(len(streams))])

@@ -22,8 +22,8 @@ class Stage:
     init: key -> trainable params. loss_fn: see `training.step.LossFn`. batches_from: step -> iterator of device
     batches. on_sample: (step, params, writer) -> shows what they make, or None. finish: (params, folder) -> writes the
     finished model. Both take the averaged parameters on the host, and one process calls them, in
-    `parallel.on_this_process()`. left_out, unread: clips the data could not give, see `Stream`. frozen: parameters
-    that the loss reads and nothing changes, or None. start: what `init` gives where that depends on no key: weights of
+    `parallel.on_this_process()`. left_out, unread, example_steps: see `Stream`. frozen: parameters that the loss reads
+    and nothing changes, or None. start: what `init` gives where that depends on no key: weights of
     another model, which need no program to make them.
     """
 
@@ -34,6 +34,7 @@ class Stage:
     finish: Callable[[Params, Path], None]
     left_out: SkipReport
     unread: SkipReport
+    example_steps: tuple[int, ...] = (0,)
     frozen: Params | None = None
     start: Params | None = None
 

@@ -30,20 +30,32 @@ def make_autoencoder_loss(
     decode_raw: Callable[[Params, Array], Video],
     config: AutoencoderLossConfig,
 ):
-    """loss_fn(params, batch {"video" [b f h w 3]}, keys [b]) -> (loss, metrics), for `training.step`."""
+    """loss_fn(params, batch, keys [b]) -> (loss, metrics), for `training.step`.
+
+    batch: `video [b f h w 3]`, optional `valid [b f]`: frames that count.
+    """
 
     def loss_fn(params: Params, batch: dict[str, Array], keys: Array) -> tuple[Array, dict[str, Array]]:
         video = batch["video"]
         mean, logvar = jnp.split(encode_moments(params, video), 2, axis=-1)
         noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
         output = decode_raw(params, mean + jnp.exp(0.5 * logvar) * noise)
-        mse = jnp.mean(jnp.square(output - video))
-        l1 = jnp.mean(jnp.abs(output - video))
-        edge = jnp.mean(jnp.abs(jnp.diff(output - video, axis=2))) + jnp.mean(jnp.abs(jnp.diff(output - video, axis=3)))
-        kl = 0.5 * jnp.mean(jnp.sum(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar, axis=(1, 2, 3, 4)))
-        kl = kl / video[0].size  # per value of the clip, so that the weight does not depend on sizes
+        error, valid = output - video, batch.get("valid")
+        mse = _mean(jnp.square(error), valid)
+        l1 = _mean(jnp.abs(error), valid)
+        edge = _mean(jnp.abs(jnp.diff(error, axis=2)), valid) + _mean(jnp.abs(jnp.diff(error, axis=3)), valid)
+        kl = 0.5 * _mean(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar, valid)
+        kl = kl * (mean[0].size / video[0].size)  # per value of the clip, so that the weight does not depend on sizes
         loss = mse + config.l1_weight * l1 + config.edge_weight * edge + config.kl_weight * kl
         # Pixels span 2 units in [-1, 1].
         return loss, {"mse": mse, "kl": kl, "psnr": 10.0 * jnp.log10(4.0 / jnp.maximum(mse, 1e-10))}
 
     return loss_fn
+
+
+def _mean(values: Array, valid: Array | None) -> Array:
+    """Over all values `[b f h w c]` of the frames that count."""
+    if valid is None:
+        return jnp.mean(values)
+    real = jnp.broadcast_to(valid[:, :, None, None, None], values.shape)
+    return jnp.sum(jnp.where(real, values, 0.0)) / jnp.sum(real)

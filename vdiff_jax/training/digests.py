@@ -45,7 +45,8 @@ def digest_program(mesh: Mesh | None) -> Callable[[Array], Array]:
 
 def _mesh(leaf: Array) -> Mesh | None:
     sharding: Any = getattr(leaf, "sharding", None)
-    return sharding.mesh if isinstance(sharding, NamedSharding) else None
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    return mesh if isinstance(mesh, Mesh) else None
 
 
 def _digest(array: Array) -> Array:
