@@ -36,7 +36,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe; default: a sm
 _MESHES = flags.DEFINE_list("meshes", "8x1x1,4x1x1,2x1x1,1x8x1,4x2x1,2x2x2,1x1x8", "Meshes, data x fsdp x context.")
 _STEPS = flags.DEFINE_integer("steps", 3, "Training steps that are compared with one device; 0 = count only.")
 _SMALL = {
-    "data": {"source": "shapes", "size": 32, "num_frames": 8, "batch_size": 8, "context_length": 12},
+    "data": {"source": "shapes", "size": 32, "num_frames": 8, "batch_size": 8, "context_length": 24},
     "model": {
         "autoencoder_from": "shapes",
         "unet": {"channels": (32, 64), "attention": (True, True), "embedding_features": 64},

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vdiff_jax import parallel
-from vdiff_jax.data.video_io import Clip
+from vdiff_jax.data.video_io import Clip, save_image
 from vdiff_jax.interop import transformers
 from vdiff_jax.interop.transformers import load_bert
 from vdiff_jax.models.text_encoder import TextEncoderConfig
@@ -17,7 +17,7 @@ from vdiff_jax.pipeline import load
 from vdiff_jax.recipe import default_recipe
 from vdiff_jax.stages import make_stage
 from vdiff_jax.training.optimizer import OptimizerConfig, make_optimizer
-from vdiff_jax.training.step import create_state
+from vdiff_jax.training.step import create_state, init_sharded_state, make_train_step
 
 
 def staged(recipe, folder, source="shapes"):
@@ -205,3 +205,30 @@ def test_the_finished_model_remembers_its_process(model_folder, tmp_path):
     assert settings.size == 16
     saved = load(tmp_path / "model").params["unet"]
     jax.tree.map(np.testing.assert_array_equal, saved, state.ema["unet"])
+
+
+def test_mixed_clips_and_images_train_with_one_program_for_each_bucket(model_folder, tmp_path):
+    rng = np.random.default_rng(0)
+    for index in range(4):
+        Clip(rng.integers(0, 256, (5 if index % 2 else 3, 16, 16, 3), np.uint8), 8.0).save(tmp_path / f"{index}.gif")
+        save_image(tmp_path / f"{index}.png", rng.integers(0, 256, (16, 24, 3), np.uint8))
+    recipe = diffusion_recipe(model_folder)
+    recipe.model.text = "none"
+    recipe.data.update(folder=str(tmp_path), buckets=((4, 16, 16), (1, 16, 24)), split="all")
+    recipe.data.update(source="folder", size=16, num_frames=4, batch_size=2, strides=(1,), stride_weights=(1.0,))
+    mesh = parallel.make_mesh(devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        stage = make_stage(recipe, mesh, tmp_path / "run")
+        optimizer, key = make_optimizer(OptimizerConfig(warmup_steps=0), 8), jax.random.key(0)
+        state, shardings = init_sharded_state(stage.init, optimizer, key, mesh)
+        first = jax.device_get(state.params)
+        step = make_train_step(stage.loss_fn, optimizer, mesh, shardings)
+        batches, shapes = stage.batches_from(0), set()
+        for _ in range(8):  # two epochs
+            batch = next(batches)
+            shapes.add(batch["latents"].shape)
+            state, metrics = step(state, batch, key)
+            assert np.isfinite(metrics["loss"]) and not metrics["skipped"]
+    assert shapes == {(2, 4, 8, 8, 2), (2, 1, 8, 12, 2)} and len(stage.example_steps) == 2
+    assert step._cache_size() == 2
+    assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(state.params)))

@@ -5,10 +5,14 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vdiff_jax.data.buckets import Bucket, BucketLoader, BucketOrder, assign, filled, parse_buckets
 from vdiff_jax.data.loader import Loader
 from vdiff_jax.data.sources import SyntheticSource, Windows
+from vdiff_jax.data.video_io import Clip
+from vdiff_jax.recipe import DataConfig, checked_data
+from vdiff_jax.streams import make_stream
 
 BUCKETS = parse_buckets([(8, 32, 32), (4, 32, 48), (1, 64, 64, 6), (4, 48, 32)], 4)
 
@@ -80,3 +84,52 @@ def test_a_short_clip_is_filled_up_with_its_last_frame():
     np.testing.assert_array_equal(image["times"], [0, 0, 0])
     whole = filled({"frames": frames, "times": np.array([0, 2, 4], np.float32)}, 3)
     assert whole["valid"].all() and len(whole["frames"]) == 3
+
+
+@pytest.fixture(scope="module")
+def mixed_folder(tmp_path_factory):
+    """Three long square clips, two wide short ones, three images."""
+    folder = tmp_path_factory.mktemp("mixed")
+    rng = np.random.default_rng(0)
+    for index in range(3):
+        Clip(rng.integers(0, 256, (9, 32, 32, 3), np.uint8), 8.0).save(folder / f"long{index}.gif")
+    for index in range(2):
+        Clip(rng.integers(0, 256, (3, 32, 48, 3), np.uint8), 8.0).save(folder / f"wide{index}.gif")
+    for index in range(3):
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(folder / f"still{index}.png")
+    return folder
+
+
+def mixed_data(folder, **changes):
+    shapes = ((8, 32, 32), (4, 32, 48), (1, 64, 64, 3))
+    settings = dict(source="folder", folder=str(folder), split="all", size=32, batch_size=2, buckets=shapes)
+    return checked_data(DataConfig(**{**settings, "strides": (1,), "stride_weights": (1.0,), **changes}))
+
+
+def test_a_folder_of_clips_and_images_is_read_in_few_shapes(mixed_folder):
+    stream = make_stream(mixed_data(mixed_folder), seed=0, tokenizer=None)
+    shapes = Counter()
+    for batch in itertools.islice(stream.host.starting_at(0), 8):
+        shapes[batch["video"].shape] += 1
+        wide = batch["video"].shape[1] == 4
+        assert batch["valid"].sum(1).tolist() == [3, 3] if wide else batch["valid"].all()
+        assert batch["times"].shape == batch["valid"].shape
+    # Two batches of three long clips, one of two wide ones, one of three images: four steps an epoch.
+    assert shapes == {(2, 8, 32, 32, 3): 4, (2, 4, 32, 48, 3): 2, (3, 1, 64, 64, 3): 2}
+    examples = {stream.host.batch_at(step)["video"].shape for step in stream.example_steps}
+    assert examples == set(shapes) and not stream.left_out.count
+
+
+def test_two_processes_read_the_rows_of_one_bucket(mixed_folder):
+    data = mixed_data(mixed_folder, buckets=((8, 32, 32), (1, 64, 64, 4)))
+    whole = make_stream(data, seed=0, tokenizer=None)
+    parts = [make_stream(data, seed=0, tokenizer=None, share=(index, 2)) for index in range(2)]
+    for step in range(5):
+        rows = [part.host.batch_at(step)["video"] for part in parts]
+        np.testing.assert_array_equal(np.concatenate(rows), whole.host.batch_at(step)["video"])
+
+
+@pytest.mark.parametrize("changes", [{"latent_cache": "somewhere"}, {"source": "tfds"}])
+def test_buckets_are_for_folders_of_files(mixed_folder, changes):
+    with pytest.raises(ValueError, match=r"data\.buckets works with data\.source='folder'"):
+        mixed_data(mixed_folder, **changes)

@@ -73,3 +73,20 @@ def test_latents_are_drawn_from_the_posterior_with_a_key_per_sample():
     np.testing.assert_allclose(raw.mean(), 0.7, atol=0.01)
     np.testing.assert_allclose(raw.std(), 0.3, atol=0.01)
     assert np.abs(raw[0] - raw[1]).mean() > 0.1
+
+
+def test_frames_that_fill_a_clip_up_do_not_count():
+    """With the error in the last frame of each clip alone, the loss is 0 where that frame is filler."""
+    valid = np.array([[True, True, False]] * 2)
+    off = VIDEO + 0.3 * (np.arange(3) == 2)[None, :, None, None, None]
+
+    def run(**marks):
+        moments = jnp.concatenate([jnp.zeros((2, 3, 4, 3, 2)), jnp.full((2, 3, 4, 3, 2), -60.0)], axis=-1)
+        loss_fn = make_autoencoder_loss(
+            lambda params, video: moments, lambda params, raw: jnp.asarray(off), AutoencoderLossConfig(0.1, 0.1, 0.0)
+        )
+        return float(jax.jit(loss_fn)({}, {"video": VIDEO, **marks}, KEYS)[0])
+
+    assert run(valid=valid) == 0.0
+    np.testing.assert_allclose(run(), run(valid=np.ones_like(valid)), rtol=1e-6)
+    np.testing.assert_allclose(run(), (0.3**2 + 0.1 * 0.3) / 3, rtol=1e-4)

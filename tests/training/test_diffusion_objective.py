@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vdiff_jax.diffusion.patterns import NUM_ROWS, ROWS, Mixture
+from vdiff_jax.diffusion.patterns import NUM_ROWS, ROWS, Mixture, draw_batch
 from vdiff_jax.diffusion.process import alpha_sigma
 from vdiff_jax.diffusion.schedule import make_schedule
 from vdiff_jax.training.diffusion_objective import make_diffusion_loss, predictor
@@ -203,3 +203,40 @@ def test_ready_features_pass_through_and_the_predictor_finds_its_parameters():
     shown = run({"unet": jnp.float32(3.0), "text_encoder": jnp.zeros(())}, batch, KEYS[:2])
     np.testing.assert_array_equal(shown["text"], batch["text"])
     assert shown["params"] == 3.0
+
+
+def mean_of_frames(params, z, logsnr, mask, context, cond):
+    """A network that mixes frames, as real ones do: only real ones."""
+    real = cond.valid[:, :, None, None, None]
+    return params["scale"] * z + jnp.sum(jnp.where(real, z, 0.0), 1, keepdims=True) / jnp.sum(real, 1, keepdims=True)
+
+
+def test_what_fills_a_clip_up_changes_neither_loss_nor_gradient():
+    length = np.arange(BATCH) % 5 + 1
+    valid = np.arange(5)[None] < length[:, None]
+    filler = np.where(valid[:, :, None, None, None], LATENTS, 7.0)
+    loss_fn = make(mean_of_frames)
+
+    @jax.jit
+    def run(latents, valid):
+        batch = {"latents": latents, "times": TIMES, "valid": valid}
+        return jax.value_and_grad(loss_fn, has_aux=True)({"scale": jnp.float32(0.5)}, batch, KEYS)
+
+    one, other = run(LATENTS, valid), run(filler, valid)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    assert float(one[0][0]) != float(run(LATENTS, np.ones_like(valid))[0][0])
+    counted = one[0][1]["eps_loss_by_logsnr_count"].sum()
+    assert counted <= valid.sum()  # frames that fill up are in no bin
+
+
+def test_patterns_are_those_of_the_real_frames():
+    """A clip of n real frames draws what a clip of n frames draws: it keeps one unknown, and knows none beyond."""
+    length = jnp.arange(BATCH) % 5 + 1
+    mixture = Mixture(text_to_video=0.0, known_frames=0.6, hole=0.4, ramp=0.0, independent=0.0)
+    drawn = jax.jit(lambda key: draw_batch(key, mixture, SCHEDULE, BATCH, 5, 2, 2, None, length))(jax.random.key(0))
+    known, real = np.asarray(drawn.mask)[..., 0] > 0.5, np.arange(5)[None] < np.asarray(length)[:, None]
+    assert not known[~real].any()
+    assert not (known | ~real[:, :, None, None]).all((1, 2, 3)).any()
+    assert (np.asarray(drawn.row)[np.asarray(length) == 1] == 0).all()  # an image is text to image
+    ends = known[np.asarray(length) == 3].all((2, 3))
+    assert (ends[:, 0] & ends[:, 2] & ~ends[:, 1]).any()  # both ends are those of the real clip
