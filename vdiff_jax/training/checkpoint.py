@@ -130,6 +130,20 @@ class Checkpoints:
             "bring back a copy of one, or give another workdir"
         )
 
+    def check(self, abstract: TrainState) -> None:
+        """Whether the newest checkpoint is of this config, by its manifest alone; nothing if there is none.
+
+        Raises ValueError naming every leaf that is missing or of another shape. Damage is left to `restore`.
+        """
+        if not self._steps:
+            return
+        folder = self.folder / str(self._steps[-1])
+        try:
+            manifest = Manifest.read(folder)
+        except (DamagedCheckpoint, OSError):
+            return
+        _refuse(folder, _differences(manifest, abstract))
+
     def wait(self) -> None:
         """Until what is being written is finished. Raises SaveFailed if the last save was not."""
         self._settle()
@@ -194,12 +208,8 @@ class Checkpoints:
         folder = self.folder / str(step)
         manifest = self._verified_manifest(folder)
         differing = _differences(manifest, abstract)
-        if differing and fresh is None:
-            shown = "; ".join(differing[:8]) + (f"; and {len(differing) - 8} more" if len(differing) > 8 else "")
-            raise ValueError(
-                f"checkpoint {folder} is of another config ({shown}): use the config it was made with, or another "
-                "workdir, or train.partial_restore=True to take what fits"
-            )
+        if fresh is None:
+            _refuse(folder, differing)
         targets = {
             path_name(path): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
             for (path, leaf), sharding in zip(
@@ -295,6 +305,16 @@ def _differences(manifest: Manifest, abstract: TrainState) -> list[str]:
         if there != here:
             found.append(f"{name}: checkpoint {there}, this config {here}")
     return found
+
+
+def _refuse(folder: Path, differing: list[str]) -> None:
+    """Raises ValueError if anything differs."""
+    if differing:
+        shown = "; ".join(differing[:8]) + (f"; and {len(differing) - 8} more" if len(differing) > 8 else "")
+        raise ValueError(
+            f"checkpoint {folder} is of another config ({shown}): use the config it was made with, or another "
+            "workdir, or train.partial_restore=True to take what fits"
+        )
 
 
 def _sentence(error: BaseException) -> str:

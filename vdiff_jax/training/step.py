@@ -49,6 +49,15 @@ def _first_state(params: Params, optimizer: optax.GradientTransformation) -> Tra
     return TrainState(zero, params, optimizer.init(params), jax.tree.map(jnp.copy, params), zero, zero)
 
 
+def abstract_state(
+    init: Callable[[Array], Params], optimizer: optax.GradientTransformation, mesh: Mesh, rules: tuple = ()
+) -> TrainState:
+    """The shapes of a state, each with its sharding; no memory is spent."""
+    shapes = jax.eval_shape(lambda key: create_state(init, optimizer, key), jax.random.key(0))
+    shardings = parallel.tree_shardings(shapes, mesh, rules)
+    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings)
+
+
 def init_sharded_state(
     init: Callable[[Array], Params],
     optimizer: optax.GradientTransformation,
