@@ -73,8 +73,7 @@ def train(workdir: Path, steps: int, interval: int) -> Any:
             state, _ = checkpoints.restore(jax.eval_shape(lambda tree: tree, state), shardings)
         print(json.dumps({"start": int(state.step)}), file=log, flush=True)
 
-        def batches() -> Iterator[Any]:
-            first = int(state.step)
+        def batches(first: int) -> Iterator[Any]:
             for number, batch in enumerate(make_loader().host_batches(first), first):
                 print(json.dumps({"step": number, "clips": batch.names}), file=log, flush=True)
                 yield parallel.shard_batch({"video": batch.arrays["video"]}, mesh)
@@ -84,7 +83,7 @@ def train(workdir: Path, steps: int, interval: int) -> Any:
             state, _ = fit(
                 state,
                 step,
-                batches(),
+                batches,
                 jax.random.key(2),
                 config,
                 batch_size=BATCH_SIZE,

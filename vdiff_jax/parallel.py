@@ -1,4 +1,4 @@
-"""One mesh by name, shardings by rule on parameter paths, clips split over devices, multi-host start.
+"""One mesh by name, shardings by rule on parameter paths, clips split over devices.
 
 The mesh has three axes. `data` splits the batch; `fsdp` splits the batch too, and also parameters, optimizer state and
 EMA, which are gathered where they are used; `context` splits the frames of every clip (`split_clips`), for clips whose
@@ -262,11 +262,3 @@ def _specs(value: Any, rows: tuple[str, ...] | None) -> Any:
     given = {f.name: PartitionSpec(rows) for f in dataclasses.fields(value) if getattr(value, f.name) is not None}
     given |= {"image_latents": clip} if "image_latents" in given else {}
     return dataclasses.replace(value, **given)
-
-
-# Processes --------------------------------------------------------------------------------------------------------
-
-
-def start_distributed() -> None:
-    """`jax.distributed.initialize()` from the scheduler's environment; call it before any other use of JAX."""
-    jax.distributed.initialize()

@@ -158,6 +158,8 @@ class SampleConfig:
 class TrainConfig(LoopConfig):
     """The loop, and: ema_decay; accumulation_steps, parts a batch is cut into; keep_checkpoints, newest ones kept.
 
+    spike_sigmas: an update whose loss or gradient norm stands so many standard deviations above the mean of the last
+        128 steps is refused; 0 = off, 6 is usual.
     keep_every_steps: checkpoints of steps divisible by it are never removed; 0 = off.
     partial_restore: go on from a checkpoint of another config with the arrays that fit; the others start anew.
     """
@@ -165,9 +167,18 @@ class TrainConfig(LoopConfig):
     num_steps: int = 1000
     ema_decay: float = 0.999
     accumulation_steps: int = 1
+    spike_sigmas: float = 0.0
     keep_checkpoints: int = 2
     keep_every_steps: int = 0
     partial_restore: bool = False
+
+    def __post_init__(self):
+        if self.spike_sigmas < 0 or self.heartbeat_s < 0:
+            raise ValueError(
+                f"train.spike_sigmas={self.spike_sigmas} and train.heartbeat_s={self.heartbeat_s} must be at least 0"
+            )
+        if self.rewind_on_spikes and not self.spike_sigmas:
+            raise ValueError(f"train.rewind_on_spikes={self.rewind_on_spikes} needs train.spike_sigmas, for example 6")
 
     def loop(self) -> LoopConfig:
         return LoopConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(LoopConfig)})

@@ -12,8 +12,9 @@ import optax
 import pytest
 
 from vdiff_jax.training.checkpoint import Checkpoints
-from vdiff_jax.training.loop import LoopConfig, NonFiniteRun, StopRequest, fit, to_scalars
+from vdiff_jax.training.loop import LoopConfig, NonFiniteRun, fit, to_scalars
 from vdiff_jax.training.step import init_sharded_state, make_train_step
+from vdiff_jax.training.stopping import StopRequest
 from vdiff_jax.training.writers import MetricWriter
 
 
@@ -28,7 +29,10 @@ def start(poison=()):
     optimizer = optax.sgd(0.1)
     state, shardings = init_sharded_state(lambda key: {"w": jnp.zeros(())}, optimizer, jax.random.key(0), mesh)
     step = make_train_step(loss_fn, optimizer, mesh, shardings)
-    batches = ({"y": np.full(2, np.nan if i in poison else 1.0, np.float32)} for i in itertools.count())
+
+    def batches(first):
+        return ({"y": np.full(2, np.nan if i in poison else 1.0, np.float32)} for i in itertools.count(first))
+
     return state, step, batches
 
 
@@ -93,13 +97,13 @@ def test_metrics_of_a_resumed_run_are_appended(tmp_path):
 def test_a_signal_stops_after_the_step_with_a_checkpoint(number, tmp_path):
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
 
-    def batches():
-        for step, batch in enumerate(start()[2]):
+    def batches(first):
+        for step, batch in enumerate(start()[2](first)):
             if step == 3:
                 os.kill(os.getpid(), number)
             yield batch
 
-    state, finished = run(tmp_path, LoopConfig(num_steps=100, checkpoint_steps=0), batches=batches())
+    state, finished = run(tmp_path, LoopConfig(num_steps=100, checkpoint_steps=0), batches=batches)
     assert not finished and int(state.step) == 4 and saved_steps(tmp_path) == [4]
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
 

@@ -139,5 +139,5 @@ def test_state_holds_nothing_but_arrays():
     state, _ = make()
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
     assert {field.name for field in dataclasses.fields(state)} == {
-        "step", "params", "opt_state", "ema", "skipped", "skipped_in_row",
+        "step", "params", "opt_state", "ema", "skipped", "skipped_in_row", "history",
     }  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 # Settings that change no parameter, no gradient and no clip.
 _SILENT = re.compile(
     r"train\.(log|checkpoint|sample|model|keep_every)_steps|train\.(max_minutes|max_skipped_in_row|keep_checkpoints"
-    r"|partial_restore)|data\.num_workers|sample(\..*)?"
+    r"|partial_restore|heartbeat_s)|data\.num_workers|sample(\..*)?"
 )
 # Settings that one changes to go on: longer, or on other devices (equal up to rounding).
 _EXPECTED = re.compile(r"train\.num_steps|parallel\..*")

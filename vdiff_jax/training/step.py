@@ -15,6 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from vdiff_jax import parallel
+from vdiff_jax.training.spikes import History, judge
 from vdiff_jax.types import Array, Batch, Params
 
 LossFn = Callable[..., tuple[Array, dict[str, Array]]]
@@ -28,7 +29,7 @@ class TrainState:
     """Everything a run needs to go on: all leaves are arrays.
 
     step: i32, updates tried so far. skipped: i32, updates refused for non-finite gradients; skipped_in_row: of which
-    without a good one in between. ema: exponential moving average of params, fp32.
+    without a finite one in between. ema: exponential moving average of params, fp32. history: see `spikes.History`.
     """
 
     step: Array
@@ -37,6 +38,7 @@ class TrainState:
     ema: Params
     skipped: Array
     skipped_in_row: Array
+    history: History
 
 
 def create_state(init: Callable[[Array], Params], optimizer: optax.GradientTransformation, key: Array) -> TrainState:
@@ -46,7 +48,8 @@ def create_state(init: Callable[[Array], Params], optimizer: optax.GradientTrans
 
 def _first_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, optimizer.init(params), jax.tree.map(jnp.copy, params), zero, zero)
+    ema = jax.tree.map(jnp.copy, params)
+    return TrainState(zero, params, optimizer.init(params), ema, zero, zero, History.empty())
 
 
 def abstract_state(
@@ -93,10 +96,13 @@ def make_train_step(
     *,
     ema_decay: float = 0.999,
     accumulation_steps: int = 1,
+    spike_sigmas: float = 0.0,
     frozen: Params | None = None,
 ) -> Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Array]]]:
     """The jitted step. A non-finite loss or gradient leaves params, optimizer and EMA bitwise untouched and is counted.
 
+    spike_sigmas: so is one whose finite loss or gradient norm stands that many standard deviations above the mean of
+    the last 128 steps, and it is counted as a spike; 0 = off.
     accumulation_steps: the batch is cut in that many parts whose gradients are averaged, at the memory of one part.
     ema: decay is min(ema_decay, (1 + step) / (10 + step)).
     frozen: parameters the loss reads but nothing changes: no gradient, no optimizer state, not in the checkpoints.
@@ -111,7 +117,9 @@ def make_train_step(
         keys = sample_keys(jax.random.fold_in(key, state.step), batch_size)
         (loss, metrics), grads = _accumulate(gradients, state.params, batch, keys, accumulation_steps)
         grad_norm = optax.tree.norm(grads)
-        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        spike, history = judge(state.history, state.step, loss, grad_norm, spike_sigmas)
+        good = finite & ~spike
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -121,7 +129,7 @@ def make_train_step(
         def keep(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
-        bad = (~good).astype(jnp.int32)
+        bad = (~finite).astype(jnp.int32)
         new_state = TrainState(
             step=state.step + 1,
             params=keep(params, state.params),
@@ -129,9 +137,11 @@ def make_train_step(
             ema=keep(ema, state.ema),
             skipped=state.skipped + bad,
             skipped_in_row=(state.skipped_in_row + 1) * bad,
+            history=history,
         )
-        metrics = {**metrics, "loss": loss, "grad_norm": grad_norm, "skipped": new_state.skipped}
-        return new_state, {**metrics, "skipped_in_row": new_state.skipped_in_row}
+        metrics |= {"loss": loss, "grad_norm": grad_norm, "skipped": new_state.skipped, "spikes": history.spikes}
+        recent = jnp.sum(history.spiked)
+        return new_state, {**metrics, "skipped_in_row": new_state.skipped_in_row, "recent_spikes": recent}
 
     step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, parallel.replicated(mesh)))
     # As an argument, because what a jitted function closes over would be written into its program.

@@ -62,11 +62,14 @@ class MetricWriter:
 
 
 class ProgressLine:
-    """One live line: step, loss, clips per second, time left. Plain lines when the console is not a terminal."""
+    """One live line: step, loss, clips per second, time left. Plain lines when the console is not a terminal.
 
-    def __init__(self, num_steps: int, start_step: int, batch_size: int):
-        self._console = Console(stderr=True)
-        self._live = self._console.is_terminal
+    quiet: show nothing, as in all processes but the first.
+    """
+
+    def __init__(self, num_steps: int, start_step: int, batch_size: int, quiet: bool = False):
+        self._console = Console(stderr=True, quiet=quiet)
+        self._live = self._console.is_terminal and not quiet
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

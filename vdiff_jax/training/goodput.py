@@ -1,0 +1,111 @@
+"""Where the wall time of a run goes, over all its restarts: `<workdir>/goodput.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from vdiff_jax.training.writers import Scalars
+
+FILE_NAME = "goodput.json"
+PHASES = ("step", "compile", "data", "checkpoint", "startup", "export", "lost")
+"""step: the productive part; data: the devices wait for a batch; startup: imports, data and networks, restoring;
+export: previews and models; lost: steps that were done again, after a crash or to leave a bad stretch."""
+_REMEMBERED = 32  # checkpoints whose productive time is kept
+
+
+class Goodput:
+    """The clock of a run: each moment counts as one phase, so they add up to the wall time since the process began.
+
+    workdir: where the totals of earlier processes are found and kept; None keeps nothing. `now` is the phase and when
+    it began (`time.monotonic`), for another thread to watch; `longest` the longest time in each, the first left out.
+    """
+
+    def __init__(self, workdir: Path | None = None):
+        self._path = None if workdir is None else workdir / FILE_NAME
+        before = _read(self._path)
+        self.seconds: dict[str, float] = {name: float(before["seconds"].get(name, 0.0)) for name in PHASES}
+        self._saved = {int(step): float(value) for step, value in before["saved"].items()}
+        self._starts = int(before["starts"]) + 1
+        self.now = ("startup", time.monotonic() - process_age_s())
+        self.step = 0
+        self.longest: dict[str, float] = {}
+        self._seen: set[str] = set()
+
+    def enter(self, phase: str, count_as: str | None = None) -> None:
+        """The phase before ends here; its time counts as `count_as` if that is given."""
+        before, since = self.now
+        moment = time.monotonic()
+        self.now = (phase, moment)
+        self.seconds[count_as or before] += moment - since
+        if before in self._seen:
+            self.longest[before] = max(self.longest.get(before, 0.0), moment - since)
+        self._seen.add(before)
+
+    def saved(self, step: int) -> None:
+        """A checkpoint of this step is under way."""
+        self.enter(self.now[0])
+        self._saved[step] = self.seconds["step"]
+        for old in sorted(self._saved)[:-_REMEMBERED]:
+            del self._saved[old]
+
+    def resumed(self, step: int) -> None:
+        """The run goes on from this step: what was done after it is lost."""
+        self.enter(self.now[0])
+        kept = max((value for saved, value in self._saved.items() if saved <= step), default=0.0)
+        self._saved = {saved: value for saved, value in self._saved.items() if saved <= step}
+        self.seconds["lost"] += self.seconds["step"] - kept
+        self.seconds["step"] = kept
+
+    def percent(self) -> Scalars:
+        """Of all time so far, by phase; adds up to 100."""
+        self.enter(self.now[0])
+        total = max(sum(self.seconds.values()), 1e-9)
+        return {name: 100 * value / total for name, value in self.seconds.items()}
+
+    def write(self) -> None:
+        """Bring the file up to date; a moment's kill leaves the old or the new one."""
+        if self._path is None:
+            return
+        shares = {name: round(value, 2) for name, value in self.percent().items()}
+        record = {
+            "wall_s": sum(self.seconds.values()),
+            "percent": shares,
+            "seconds": self.seconds,
+            "starts": self._starts,
+            "saved": self._saved,
+        }
+        unfinished = self._path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        unfinished.replace(self._path)
+
+    def __str__(self) -> str:
+        shares = self.percent()
+        productive = shares.pop("step")
+        rest = ", ".join(f"{name} {share:.1f}" for name, share in shares.items() if share >= 0.05)
+        return f"goodput {productive:.1f} % of {sum(self.seconds.values()):.0f} s; {rest}"
+
+
+def process_age_s() -> float:
+    """Seconds since this process was started; 0 where the system does not tell."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+    except OSError:
+        return 0.0
+    return max(uptime - float(fields[19]) / os.sysconf("SC_CLK_TCK"), 0.0)
+
+
+def _read(path: Path | None) -> dict[str, Any]:
+    """What an earlier process left; nothing, if that cannot be read."""
+    empty: dict[str, Any] = {"seconds": {}, "saved": {}, "starts": 0}
+    if path is None or not path.exists():
+        return empty
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {name: record[name] for name in empty}
+    except (OSError, ValueError, KeyError, TypeError):
+        return empty
