@@ -11,6 +11,7 @@ Running the same command again resumes from the newest checkpoint. Ctrl-C or SIG
 exit code 75. The work folder receives checkpoints/, metrics.jsonl, tensorboard/, samples/, goodput.json, model/ (the
 finished model) and, with --config.train.model_steps=500, models/0000500 and so on.
 
+Before it begins a run looks at its data, mesh, checkpoint and memory; --preflight does only that.
 Several processes: --distributed under a scheduler, or --coordinator=HOST:PORT --num_processes=2 --process_id=0 (or 1).
 """
 
@@ -29,6 +30,7 @@ from ml_collections import config_flags
 from vdiff_jax import parallel, processes
 from vdiff_jax.command import run_script
 from vdiff_jax.models.functional import parameter_count
+from vdiff_jax.preflight import check_run_data, check_run_memory
 from vdiff_jax.recipe import Recipe, TrainConfig, section
 from vdiff_jax.stages import Stage, make_stage
 from vdiff_jax.training.checkpoint import Checkpoints, SaveFailed
@@ -37,7 +39,7 @@ from vdiff_jax.training.goodput import Goodput
 from vdiff_jax.training.loop import fit
 from vdiff_jax.training.manifest import code_version
 from vdiff_jax.training.optimizer import OptimizerConfig, make_optimizer
-from vdiff_jax.training.step import TrainState, init_sharded_state, make_train_step
+from vdiff_jax.training.step import TrainState, abstract_state, init_sharded_state, make_train_step
 from vdiff_jax.training.writers import MetricWriter
 
 SAVE_FAILED = 74  # the last checkpoint could not be written: nothing after the one before is saved
@@ -50,6 +52,7 @@ _DISTRIBUTED = flags.DEFINE_bool(
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no scheduler tells.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are, with --coordinator.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0, with --coordinator.")
+_PREFLIGHT = flags.DEFINE_bool("preflight", False, "Look at data, mesh, checkpoint and memory, and stop there.")
 
 
 def main(_: list[str]) -> int:
@@ -72,26 +75,20 @@ def main(_: list[str]) -> int:
 
 def run_stage(recipe: Recipe, train: TrainConfig, mesh: Mesh, workdir: Path, clock: Goodput) -> int:
     # --- data, networks, loss
+    if report := check_run_data(recipe, mesh):
+        tell(str(report))
     stage = make_stage(recipe, mesh, workdir)
     if stage.left_out.count:
         tell(f"warning: {stage.left_out}")
     optimizer = make_optimizer(section(recipe, "optimizer", OptimizerConfig), train.num_steps)
 
-    # --- state: shapes first, then memory, then the newest checkpoint if there is one
-    key = jax.random.key(recipe.seed)
-    state, shardings = init_sharded_state(stage.init, optimizer, key, mesh, start=stage.start)
+    # --- the step, before any memory is taken
+    abstract = abstract_state(stage.init, optimizer, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    tell(f"{parameter_count(abstract.params) / 1e6:.2f} M trainable parameters")
     checkpoints = Checkpoints(workdir, keep=train.keep_checkpoints, keep_every=train.keep_every_steps)
-    meta = {"config": json.loads(recipe.to_json_best_effort()), "code": code_version()}
-    data_offset = 0
-    if checkpoints.latest_step is not None:
-        fresh, abstract = (state if train.partial_restore else None), jax.eval_shape(lambda tree: tree, state)
-        del state  # its memory is needed for the restored one
-        state, saved = checkpoints.restore(abstract, shardings, fresh=fresh)
-        del fresh
-        data_offset = saved.get("data_offset", 0)
-        tell(f"resumed at step {int(state.step)}")
-        report_changes(saved, meta)
-    clock.resumed(int(state.step))
+    if not train.partial_restore:
+        checkpoints.check(abstract)
     train_step = make_train_step(
         stage.loss_fn,
         optimizer,
@@ -102,12 +99,33 @@ def run_stage(recipe: Recipe, train: TrainConfig, mesh: Mesh, workdir: Path, clo
         spike_sigmas=train.spike_sigmas,
         frozen=stage.frozen,
     )
+    clock.enter("compile")
+    for memory in check_run_memory(stage, train_step, abstract, train.memory_limit_gb):
+        tell(str(memory))
+    clock.enter("startup")
+    if _PREFLIGHT.value:
+        tell("the run can begin")
+        return 0
+
+    # --- state: born sharded, or the newest checkpoint if there is one
+    key = jax.random.key(recipe.seed)
+    state, _ = init_sharded_state(stage.init, optimizer, key, mesh, start=stage.start)
+    meta = {"config": json.loads(recipe.to_json_best_effort()), "code": code_version()}
+    data_offset = 0
+    if checkpoints.latest_step is not None:
+        fresh = state if train.partial_restore else None
+        del state  # its memory is needed for the restored one
+        state, saved = checkpoints.restore(abstract, shardings, fresh=fresh)
+        del fresh
+        data_offset = saved.get("data_offset", 0)
+        tell(f"resumed at step {int(state.step)}")
+        report_changes(saved, meta)
+    clock.resumed(int(state.step))
 
     # --- the loop, and the finished model
     writer = MetricWriter(workdir) if jax.process_index() == 0 else None
     if writer is not None:
         (workdir / "recipe.json").write_text(recipe.to_json_best_effort(indent=2) + "\n", encoding="utf-8")
-    tell(f"{parameter_count(state.params) / 1e6:.2f} M trainable parameters")
     try:
         state, finished = fit(
             state,

@@ -263,6 +263,21 @@ def test_sampling_a_sharded_batch_gives_the_same_clips(model):
     np.testing.assert_allclose(split, plain, atol=1e-4 * np.abs(plain).max())
 
 
+def test_devices_that_sample_different_clips_send_nothing(model):
+    sent = []
+
+    def watched(*args):
+        sent.extend(collectives(run.lower(*args).compile().as_text()))
+        return run(*args)
+
+    fresh, run = dataclasses.replace(model), model._run
+    fresh.__dict__["_run"] = watched
+    keys = jax.device_put(jax.vmap(jax.random.key)(jnp.arange(8)), parallel.batch_sharding(mesh_of("8x1x1")))
+    latents = fresh.generate_latents(["a red circle moving right", "a blue square"] * 4, keys=keys)
+    assert len({shard.device for shard in latents.addressable_shards if shard.data.shape[0] == 1}) == 8
+    assert not sent
+
+
 def test_a_clip_split_over_devices_is_the_same_video(model):
     prompt, options = "a red circle moving right", dict(num_frames=8, seed=3)
     plain = model.generate(prompt, **options)

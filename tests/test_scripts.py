@@ -13,6 +13,19 @@ LONG = "a red circle moving right on black background and grey"
 TRAIN = ["train.py", "--config=configs/shapes_autoencoder.py", "--workdir={tmp}/run"]
 FOLDER = [*TRAIN, "--config.data.source=folder"]
 DIFFUSION = ["train.py", "--config=configs/shapes.py", "--workdir={tmp}/run", "--config.model.autoencoder_from={model}"]
+SMALL = [
+    *FOLDER,
+    "--config.data.folder={tmp}/mixed",
+    "--workdir={tmp}/good/run",
+    "--config.model.autoencoder.channels=(8,)",
+    "--config.model.autoencoder.mid_attention=False",
+    "--config.data.size=16",
+    "--config.data.batch_size=2",
+    "--config.data.num_frames=2",
+    "--config.data.strides=(1,)",
+    "--config.train.num_steps=1",
+    "--config.train.sample_steps=0",
+]
 SAMPLE = ["sample.py", "--model={model}", "--prompt=a red circle", "--out={tmp}/out.mp4"]
 EDIT = ["edit.py", "--model={model}", "--input={tmp}/clip.gif", "--out={tmp}/edited.gif", "--steps=1"]
 EVALUATE = ["evaluate.py", "--model={model}", "--config=configs/shapes.py", "--out={tmp}/report.json"]
@@ -80,21 +93,34 @@ MISTAKES = {
         "no model '{tmp}/ae'",
     ),
 }
+PREFLIGHT = {  # said before anything is trained; the last one finds what GOOD has left
+    "clips too short": (
+        [
+            *SMALL,
+            "--workdir={tmp}/run",
+            "--config.data.folder={tmp}/brief",
+            "--config.data.split=all",
+            "--config.data.num_frames=9",
+        ],
+        "all 2 clips of {tmp}/brief are too short: the longest has 6 frames",
+    ),
+    "no captions": (
+        [*DIFFUSION, "--config.data.source=folder", "--config.data.folder={tmp}/mixed", "--config.data.num_frames=2"],
+        "none of the 2 clips of {tmp}/mixed has a caption, and the model learns from captions",
+    ),
+    "too little memory": (
+        [*SMALL, "--workdir={tmp}/run", "--config.train.memory_limit_gb=1e-5"],
+        "the training step does not fit: each device needs",
+    ),
+    "checkpoint of another config": (
+        [*SMALL, "--config.model.autoencoder.channels=(16,)"],
+        "conv_in.bias: checkpoint (8,), this config (16,)",
+    ),
+}
 GOOD = {
     "help of sample": ["sample.py", "--help"],
-    "one clip of three is broken": [
-        *FOLDER,
-        "--config.data.folder={tmp}/mixed",
-        "--workdir={tmp}/good/run",
-        "--config.model.autoencoder.channels=(8,)",
-        "--config.model.autoencoder.mid_attention=False",
-        "--config.data.size=16",
-        "--config.data.batch_size=2",
-        "--config.data.num_frames=2",
-        "--config.data.strides=(1,)",
-        "--config.train.num_steps=1",
-        "--config.train.sample_steps=0",
-    ],
+    "one clip of three is broken": SMALL,
+    "a look before training": [*SMALL, "--workdir={tmp}/good/looked", "--preflight"],
     "only effects": ["edit.py", "--task=none", "--input={tmp}/clip.gif", "--out={tmp}/good/fx", "--then=reverse"],
     "an edit": [*EDIT, "--task=edit", "--prompt=a blue square", "--strength=1", "--out={tmp}/good/edited.gif"],
     "too long a prompt": [*SAMPLE[:2], f"--prompt={LONG}", "--out={tmp}/good/cut.gif", "--steps=1"],
@@ -105,7 +131,7 @@ GOOD = {
 def outcome(model_folder, tmp_path_factory):
     """(folder, results by name); every command runs once, in one process."""
     tmp = tmp_path_factory.mktemp("scripts")
-    for name in ("empty", "texts", "zero", "half", "good", "coder", "mixed/train"):
+    for name in ("empty", "texts", "zero", "half", "good", "coder", "mixed/train", "brief"):
         (tmp / name).mkdir(parents=True)
     (tmp / "a_file").write_text("kept")
     ramp = np.arange(3 * 16 * 16 * 3, dtype=np.int64).reshape(3, 16, 16, 3) // 9 % 256
@@ -116,7 +142,8 @@ def outcome(model_folder, tmp_path_factory):
         (tmp / "zero" / f"{index}.mp4").write_bytes(b"")
     noise = np.random.default_rng(0).integers(0, 256, size=(2, 6, 16, 16, 3)).astype(np.uint8)
     for index in range(2):
-        Clip(noise[index], 8.0).save(tmp / "mixed" / "train" / f"{index}.mp4")
+        for name in ("mixed/train", "brief"):
+            Clip(noise[index], 8.0).save(tmp / name / f"{index}.mp4")
     (tmp / "mixed" / "train" / "broken.mp4").write_text("this is no video\n" * 50)
     (tmp / "half" / "config.json").write_text((model_folder / "config.json").read_text())
     for name in ("autoencoder.safetensors", "text_encoder.safetensors"):
@@ -126,14 +153,15 @@ def outcome(model_folder, tmp_path_factory):
     (tmp / "coder" / "config.json").write_text(json.dumps(config))
     (tmp / "coder" / "autoencoder.safetensors").write_bytes((model_folder / "autoencoder.safetensors").read_bytes())
     before = {path for path in tmp.rglob("*") if path.is_file()}
-    commands = {**{name: command for name, (command, _) in MISTAKES.items()}, **GOOD}
+    mistakes, looks = ({n: command for n, (command, _) in part.items()} for part in (MISTAKES, PREFLIGHT))
+    commands = {**mistakes, **GOOD, **looks}
     filled = [[part.format(tmp=tmp, model=model_folder) for part in command] for command in commands.values()]
     results = dict(zip(commands, run_scripts(filled)))
     created = sorted(str(path.relative_to(tmp)) for path in tmp.rglob("*") if path.is_file() and path not in before)
     return tmp, results, created
 
 
-@pytest.mark.parametrize("name", MISTAKES)
+@pytest.mark.parametrize("name", {**MISTAKES, **PREFLIGHT})
 def test_a_mistake_ends_in_one_sentence(name, outcome):
     tmp, results, _ = outcome
     result = results[name]
@@ -141,7 +169,7 @@ def test_a_mistake_ends_in_one_sentence(name, outcome):
     assert "Traceback" not in result.stderr, result.stderr
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and result.stderr.splitlines()[-1] == errors[0], result.stderr
-    assert MISTAKES[name][1].format(tmp=tmp) in errors[0]
+    assert {**MISTAKES, **PREFLIGHT}[name][1].format(tmp=tmp) in errors[0]
     assert len(errors[0]) < 600
 
 
@@ -169,6 +197,14 @@ def test_a_clip_that_cannot_be_used_is_left_out_and_named(outcome):
     assert result.code == 0 and "good/run/model/autoencoder.safetensors" in created, result
     warning = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
     assert len(warning) == 1 and "1 clip was skipped: broken.mp4: " in warning[0], result.stderr
+
+
+def test_a_look_before_training_tells_what_it_will_need(outcome):
+    _, results, created = outcome
+    result = results["a look before training"]
+    assert result.code == 0 and not [name for name in created if name.startswith("good/looked")], result
+    for line in ("clips     2 usable of 3", "batches   1.0 of 2 clips in an epoch", "each device needs", "can begin"):
+        assert line in result.stderr, result.stderr
 
 
 def test_edits_are_clips_of_the_input_s_size(outcome):

@@ -158,6 +158,7 @@ class SampleConfig:
 class TrainConfig(LoopConfig):
     """The loop, and: ema_decay; accumulation_steps, parts a batch is cut into; keep_checkpoints, newest ones kept.
 
+    memory_limit_gb: what a step may take on each device; 0 = what there is.
     spike_sigmas: an update whose loss or gradient norm stands so many standard deviations above the mean of the last
         128 steps is refused; 0 = off, 6 is usual.
     keep_every_steps: checkpoints of steps divisible by it are never removed; 0 = off.
@@ -167,6 +168,7 @@ class TrainConfig(LoopConfig):
     num_steps: int = 1000
     ema_decay: float = 0.999
     accumulation_steps: int = 1
+    memory_limit_gb: float = 0.0
     spike_sigmas: float = 0.0
     keep_checkpoints: int = 2
     keep_every_steps: int = 0

@@ -83,6 +83,20 @@ def test_frames_that_are_not_marked_as_filler_count(family):
     assert np.abs(run(family, arguments)[:, :REAL] - expected).max() > 1e-3 * np.abs(expected).max()
 
 
+def test_a_decoder_that_mixes_frames_decodes_a_split_clip_as_a_whole():
+    settings = dict(channels=(8, 8), latent_channels=2, norm_groups=4, mid_attention=False, decoder="temporal")
+    decoder = make_component("autoencoder", settings)
+    params, latents = random_params(decoder, 0), seeded_input("latents", (1, FILLED, 4, 4, 2))
+    expected = jax.jit(lambda x: decoder.apply(params, x, method="decode"))(latents)
+    with jax.set_mesh(parallel.make_mesh(1, 1, 2, devices=jax.devices()[:2])):
+        split = jax.jit(lambda x: decoder.apply(params, x, method="decode"))(latents)
+        with pytest.raises(ValueError, match="3 frames are not a multiple of the 2 devices"):
+            decoder.apply(params, latents[:, :3], method="decode")
+    np.testing.assert_allclose(split, expected, atol=1e-5 * np.abs(expected).max())
+    first = decoder.apply(params, latents[:, :1], method="decode")
+    assert np.abs(first - expected[:, :1]).max() > 1e-3  # it does mix them
+
+
 def test_pixels_that_do_not_divide_come_back_in_place():
     x = jnp.arange(2 * 4 * 3 * 5 * 2, dtype=jnp.float32).reshape(2, 4, 3, 5, 2)
 

@@ -34,15 +34,15 @@ def report(name, batch_size=64, available=None):
 def test_a_device_needs_its_share_of_state_and_batch():
     weights = 4 * WIDTH * WIDTH
     one, eight = report("1x1x1"), report("1x8x1")
-    assert 4 * weights <= one.state <= 4 * weights + 64  # parameters, two moments, average, counters
-    assert 4 * weights / 8 <= eight.state <= 4 * weights / 8 + 64
-    assert 0 <= one.batch - 64 * WIDTH * 4 <= 64 and 0 <= eight.batch - 64 * WIDTH * 4 / 8 <= 64  # beside it, the key
+    assert 4 * weights <= one.state <= 4 * weights + 4096  # parameters, two moments, average; small counters
+    assert 4 * weights / 8 <= eight.state <= 4 * weights / 8 + 4096
+    assert 0 <= one.inputs - 64 * WIDTH * 4 <= 64 and 0 <= eight.inputs - 64 * WIDTH * 4 / 8 <= 64  # beside it, the key
     assert one.temporaries >= 64 * WIDTH * 4  # the hidden layer is kept for the gradient
 
 
 def test_more_clips_need_more_memory_while_the_state_stays():
     few, many = report("1x1x1", 64), report("1x1x1", 4096)
-    assert many.state == few.state and many.batch > 50 * few.batch
+    assert many.state == few.state and many.inputs > 50 * few.inputs
     assert many.temporaries - few.temporaries >= (4096 - 64) * WIDTH * 4
 
 

@@ -187,12 +187,12 @@ class Composition:
 
 
 def _repeated(tree: Any, batch: int) -> Any:
-    """Rows again and again until they fill the batch: guidance calls with the clips twice, one after the other."""
+    """Each row as often as fills the batch: guidance calls with the clips twice, the two rows of each side by side."""
 
     def fill(leaf: Array) -> Array:
         if batch % len(leaf):
             raise ValueError(f"a style of {len(leaf)} rows does not fit {batch} clips: give one per clip")
-        return jnp.concatenate([leaf] * (batch // len(leaf)))
+        return jnp.repeat(leaf, batch // len(leaf), axis=0)
 
     return jax.tree.map(fill, tree)
 

@@ -43,7 +43,9 @@ def classifier_free(
     interval: tuple[float | Array, float | Array] | None = None,
     rescale: float | Array = 0.0,
 ) -> DenoiseFn:
-    """Classifier-free guidance in one doubled batch.
+    """Classifier-free guidance in one doubled batch, each clip's two rows side by side.
+
+    Where a batch is split over devices both rows of a clip lie on one, and nothing is sent.
 
     Args:
         uncond: conditioning of the null (or negative) prompt, same structure and shapes as the job's.
@@ -55,7 +57,7 @@ def classifier_free(
 
     def guided(z, logsnr, known, cond, *, next_logsnr, keys):
         def twice(*trees: Any) -> Any:
-            return jax.tree.map(lambda first, second: jnp.concatenate([first, second]), *trees)
+            return jax.tree.map(lambda a, b: jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:]), *trees)
 
         both = denoise_fn(
             twice(z, z),
@@ -65,7 +67,8 @@ def classifier_free(
             next_logsnr=twice(next_logsnr, next_logsnr),
             keys=twice(keys, keys),
         )
-        conditional, unconditional = jnp.split(both, 2)
+        both = both.reshape(-1, 2, *both.shape[1:])
+        conditional, unconditional = both[:, 0], both[:, 1]
         scale = jnp.asarray(guidance_scale, z.dtype)
         excess = jnp.broadcast_to((scale - 1)[:, None] if scale.ndim == 1 else scale - 1, logsnr.shape)
         if interval is not None:

@@ -310,7 +310,7 @@ def _differences(manifest: Manifest, abstract: TrainState) -> list[str]:
 def _refuse(folder: Path, differing: list[str]) -> None:
     """Raises ValueError if anything differs."""
     if differing:
-        shown = "; ".join(differing[:8]) + (f"; and {len(differing) - 8} more" if len(differing) > 8 else "")
+        shown = "; ".join(differing[:4]) + (f"; and {len(differing) - 4} more" if len(differing) > 4 else "")
         raise ValueError(
             f"checkpoint {folder} is of another config ({shown}): use the config it was made with, or another "
             "workdir, or train.partial_restore=True to take what fits"

@@ -19,25 +19,25 @@ _GB = 1e9
 
 @dataclasses.dataclass(frozen=True)
 class MemoryReport:
-    """Bytes on each device: the state, the batch, what the step needs beside them while it runs, and what there is.
+    """Bytes on each device: the state, batch and frozen weights, what runs beside them, and what there is.
 
     available: None where the device does not tell.
     """
 
     state: int
-    batch: int
+    inputs: int
     temporaries: int
     available: int | None
 
     @property
     def needed(self) -> int:
-        return self.state + self.batch + self.temporaries
+        return self.state + self.inputs + self.temporaries
 
     def __str__(self) -> str:
         there = "" if self.available is None else f" of {self.available / _GB:.2f}"
         return (
             f"each device needs {self.needed / _GB:.2f} GB{there}: {self.state / _GB:.2f} for the state, "
-            f"{self.batch / _GB:.2f} for the batch, {self.temporaries / _GB:.2f} while a step runs"
+            f"{self.inputs / _GB:.2f} for what it reads, {self.temporaries / _GB:.2f} while a step runs"
         )
 
 
@@ -50,7 +50,7 @@ def step_memory(step: Any, state: Any, batch: Batch, key: Array, available: int 
     donated = analysis.alias_size_in_bytes
     return MemoryReport(
         state=bytes_here(state),
-        batch=analysis.argument_size_in_bytes - bytes_here(state),
+        inputs=analysis.argument_size_in_bytes - bytes_here(state),
         temporaries=analysis.temp_size_in_bytes + analysis.output_size_in_bytes - donated,
         available=device_memory() if available is None else available,
     )

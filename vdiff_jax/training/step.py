@@ -75,13 +75,9 @@ def init_sharded_state(
     part of the state: the first step takes their memory.
     """
 
-    def create(key: Array) -> TrainState:
-        return create_state(init, optimizer, key)
-
-    abstract = jax.eval_shape(create, key)
-    shardings = parallel.tree_shardings(abstract, mesh, rules)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(init, optimizer, mesh, rules))
     if start is None:
-        return jax.jit(create, out_shardings=shardings)(key), shardings
+        return jax.jit(lambda key: create_state(init, optimizer, key), out_shardings=shardings)(key), shardings
     # As an argument, because what a jitted function closes over would be written into its program.
     params = jax.device_put(start, shardings.params)
     rest = jax.jit(lambda params: _first_state(params, optimizer), out_shardings=shardings)(params)
@@ -145,7 +141,21 @@ def make_train_step(
 
     step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, parallel.replicated(mesh)))
     # As an argument, because what a jitted function closes over would be written into its program.
-    return step if frozen is None else lambda state, batch, key: step(state, batch, key, frozen)
+    return step if frozen is None else _WithFrozen(step, frozen)
+
+
+@dataclasses.dataclass(frozen=True)
+class _WithFrozen:
+    """A jitted step with its last argument given."""
+
+    step: Any
+    frozen: Params
+
+    def __call__(self, state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, dict[str, Array]]:
+        return self.step(state, batch, key, self.frozen)
+
+    def lower(self, state: TrainState, batch: Batch, key: Array) -> Any:
+        return self.step.lower(state, batch, key, self.frozen)
 
 
 def sample_keys(key: Array, batch_size: int) -> Array:
