@@ -26,6 +26,7 @@ SMALL = [
     "--config.train.num_steps=1",
     "--config.train.sample_steps=0",
 ]
+BRIEF = ["--config.data.folder={tmp}/brief", "--config.data.split=all"]
 SAMPLE = ["sample.py", "--model={model}", "--prompt=a red circle", "--out={tmp}/out.mp4"]
 EDIT = ["edit.py", "--model={model}", "--input={tmp}/clip.gif", "--out={tmp}/edited.gif", "--steps=1"]
 EVALUATE = ["evaluate.py", "--model={model}", "--config=configs/shapes.py", "--out={tmp}/report.json"]
