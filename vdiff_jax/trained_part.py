@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
 from vdiff_jax.parallel import path_name
 from vdiff_jax.training.step import LossFn
+from vdiff_jax.trees import joined, split
 from vdiff_jax.types import Array, Batch, Params
 
 
@@ -55,25 +55,4 @@ def trained_part(params: Params, patterns: Sequence[str]) -> TrainedPart | None:
         chosen |= found
     if not patterns or len(chosen) == len(paths):
         return None
-    return TrainedPart(_part(params, chosen, True, ""), _part(params, chosen, False, ""))
-
-
-def _part(tree: Params, chosen: set[str], wanted: bool, prefix: str) -> Params:
-    """The leaves that are chosen, or those that are not; branches without any are left out."""
-    result: Params = {}
-    for name, branch in tree.items():
-        path = f"{prefix}{name}"
-        if isinstance(branch, dict):
-            if part := _part(branch, chosen, wanted, f"{path}."):
-                result[name] = part
-        elif (path in chosen) == wanted:
-            result[name] = branch
-    return result
-
-
-def joined(first: Params, second: Params) -> Params:
-    """One tree of two that share branches and no leaves."""
-    result: dict[Any, Any] = dict(first)
-    for name, branch in second.items():
-        result[name] = joined(result[name], branch) if isinstance(result.get(name), dict) else branch
-    return result
+    return TrainedPart(*split(params, lambda path: path in chosen))

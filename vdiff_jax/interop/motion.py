@@ -22,6 +22,7 @@ from vdiff_jax.interop.unet_rules import motion_buffers, unet_rules
 from vdiff_jax.interop.unets import IGNORED_KEYS, load_unet, unet_settings
 from vdiff_jax.interop.weight_files import Weights, dtype_of, open_weights
 from vdiff_jax.interop.weights import Reading, load_params, save_weights
+from vdiff_jax.trees import joined, split
 from vdiff_jax.types import Array, Params
 
 ORIGINAL_NAMES: tuple[tuple[str, str], ...] = (
@@ -122,10 +123,10 @@ def load_animated(
     image_ignore = (*IGNORED_KEYS, r".*\.motion_modules\..*")
     image = load_params(open_weights(unet_folder, variant), rules, still, ignore=image_ignore, **load)
     if weights is None:
-        return component, combine(image, _fresh(component, moving, **load))
+        return component, joined(image, _fresh(component, moving, **load))
     ignore = (*IGNORED_KEYS, r".*pos_encoder\.pe")
     modules = load_params(weights, rules, moving, renames=ORIGINAL_NAMES, ignore=ignore, **load)
-    return component, combine(image, modules)
+    return component, joined(image, modules)
 
 
 def _fresh(component: Component, moving: Params, dtype: str | None = None, **reading: Any) -> Params:
@@ -138,7 +139,7 @@ def _fresh(component: Component, moving: Params, dtype: str | None = None, **rea
     kind = dtype_of(dtype or "float32")
 
     def init(key: Array) -> Params:
-        return jax.tree.map(lambda x: x.astype(kind), _cut(component.init(key), moving))
+        return jax.tree.map(lambda x: x.astype(kind), split_motion(component.init(key))[1])
 
     return jax.jit(init, out_shardings=shardings)(jax.random.key(0))
 
@@ -189,33 +190,10 @@ def inflated(component: Component, params: Params, **motion: Any) -> tuple[Compo
     config = dataclasses.replace(component.config, family="animatediff", **motion)
     larger = make_component("unet", dataclasses.asdict(config))
     _, moving = split_motion(larger.abstract)
-    return larger, combine(params, _fresh(larger, moving))
+    return larger, joined(params, _fresh(larger, moving))
 
 
 def split_motion(params: Params) -> tuple[Params, Params]:
     """A tree without its motion modules, and one of them alone."""
-
-    def part(tree: Any, path: str, moving: bool) -> Any:
-        """The tree or what is left of it, None for nothing."""
-        if not isinstance(tree, dict):
-            return tree if bool(_TEMPORAL.search(path)) == moving else None
-        parts = {name: part(branch, f"{path}{name}.", moving) for name, branch in tree.items()}
-        return {name: branch for name, branch in parts.items() if branch is not None} or None
-
-    return part(params, "", False) or {}, part(params, "", True) or {}
-
-
-def combine(first: Params, second: Params) -> Params:
-    """One tree of two that share branches and no leaves."""
-    merged = dict(first)
-    for name, branch in second.items():
-        merged[name] = combine(merged[name], branch) if isinstance(merged.get(name), dict) else branch
-    return merged
-
-
-def _cut(params: Params, pattern: Params) -> Params:
-    """The leaves of `params` that `pattern` has."""
-    return {
-        name: _cut(params[name], branch) if isinstance(branch, dict) else params[name]
-        for name, branch in pattern.items()
-    }
+    moving, still = split(params, lambda path: bool(_TEMPORAL.search(path)))
+    return still, moving

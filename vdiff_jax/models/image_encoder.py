@@ -14,7 +14,7 @@ from flax import nnx
 
 from vdiff_jax.models.functional import parameter
 from vdiff_jax.models.layers import Dense, LayerNorm
-from vdiff_jax.models.text_encoder import EncoderLayer, check_activation
+from vdiff_jax.models.text_encoder import check_activation, encoder_layers
 from vdiff_jax.types import Array
 
 
@@ -83,20 +83,9 @@ class ImageEncoder(nnx.Module):
         self.class_embedding = parameter((config.features,), std=config.features**-0.5)
         self.position_embedding = parameter((count, config.features), std=0.02)
         self.pre_norm = LayerNorm(config.features, epsilon=config.epsilon, dtype=dtype)
-        self.layers = nnx.List([self._layer() for _ in range(config.layers)])
+        self.layers = encoder_layers(config)
         self.post_norm = LayerNorm(config.features, epsilon=config.epsilon)
         self.projection = Dense(config.features, config.projection, use_bias=False) if config.projection else None
-
-    def _layer(self) -> EncoderLayer:
-        config = self.config
-        return EncoderLayer(
-            config.features,
-            config.hidden_features,
-            head_dim=config.head_dim,
-            activation=config.activation,
-            epsilon=config.epsilon,
-            dtype=jnp.dtype(config.dtype),
-        )
 
     def __call__(self, pixels: Array) -> Array:
         """Raises ValueError for pictures of another size."""

@@ -120,6 +120,23 @@ class EncoderLayer(nnx.Module):
         return self.proj_out(ACTIVATIONS[self.activation](self.proj_in(x)))
 
 
+def encoder_layers(config: Any, norm: Literal["pre", "post"] = "pre") -> nnx.List:
+    """All layers of an encoder of text or images. config: a `TextEncoderConfig` or an `ImageEncoderConfig`."""
+
+    def layer() -> EncoderLayer:
+        return EncoderLayer(
+            config.features,
+            config.hidden_features,
+            head_dim=config.head_dim,
+            norm=norm,
+            activation=config.activation,
+            epsilon=config.epsilon,
+            dtype=jnp.dtype(config.dtype),
+        )
+
+    return nnx.List([layer() for _ in range(config.layers)])
+
+
 class TextEncoder(nnx.Module):
     """See the module docstring."""
 
@@ -130,21 +147,9 @@ class TextEncoder(nnx.Module):
         self.position_embedding = parameter((config.context_length, config.features), std=0.02)
         self.type_embedding = parameter((config.token_types, config.features)) if config.token_types else None
         self.embedding_norm = LayerNorm(config.features, epsilon=config.epsilon) if config.norm == "post" else None
-        self.layers = nnx.List([self._layer() for _ in range(config.layers)])
+        self.layers = encoder_layers(config, norm=config.norm)
         self.final_norm = LayerNorm(config.features, epsilon=config.epsilon) if config.norm == "pre" else None
         self.projection = Dense(config.features, config.projection, use_bias=False) if config.projection else None
-
-    def _layer(self) -> EncoderLayer:
-        config = self.config
-        return EncoderLayer(
-            config.features,
-            config.hidden_features,
-            head_dim=config.head_dim,
-            norm=config.norm,
-            activation=config.activation,
-            epsilon=config.epsilon,
-            dtype=jnp.dtype(config.dtype),
-        )
 
     def __call__(self, tokens: Array, mask: Array) -> Array:
         """Raises ValueError if the tokens are longer than the context."""
