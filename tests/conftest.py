@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
+# Most programs are large and run once or twice: what compiles soonest is best, here and in processes of scripts.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/vdiff_jax/xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
@@ -54,8 +56,14 @@ def model_folder(model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def quick_compile():
-    """Compile soonest rather than fastest: for large networks that run once or twice."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+def optimised():
+    """Programs as fast as in use, which take twice as long to compile: for files that run theirs for long."""
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def quick_compile():
+    """What is the default by now, for files that ask for it."""

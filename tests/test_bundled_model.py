@@ -3,11 +3,15 @@
 The bounds lie under the figures of docs/shapes.md by more than the noise of so few clips, and far above chance.
 """
 
+import dataclasses
+
 import pytest
 
 from vdiff_jax.data.shapes import make_world
 from vdiff_jax.evaluation.shapes_tasks import Evaluation, alignment, interpolation, prediction
 from vdiff_jax.pipeline import ASSETS, load
+
+pytestmark = pytest.mark.usefixtures("optimised")
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +33,8 @@ def test_clips_show_what_their_prompts_say(evaluation):
 
 
 def test_the_same_weights_predict_and_interpolate(evaluation):
+    # What is known leaves less to decide than a prompt alone: half the steps do.
+    evaluation = dataclasses.replace(evaluation, sampling={**evaluation.sampling, "steps": 8})
     # prompted: (near, one_object)
     for prompted, bounds in {True: (0.95, 0.95), False: (0.7, 0.8)}.items():
         ahead = prediction(evaluation, prompted=prompted)

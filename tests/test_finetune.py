@@ -36,14 +36,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:the prompt")  # the tiny tokeniz
 FAMILIES = ("modelscope", "animatediff", "image", "svd")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Each program runs a few times at most: what compiles soonest is best."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def pipelines(tmp_path_factory):
     """Family -> folder of a tiny pipeline: the golden ones with one level, and an image model with AnimateDiff's rest.

@@ -18,7 +18,6 @@ from vdiff_jax.sampling.job import nothing_known
 from vdiff_jax.sampling.timesteps import make_timestep_denoise_fn
 from vdiff_jax.types import Conditioning, Known
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 FRAMES, SIZE = 4, (8, 12)
 
 

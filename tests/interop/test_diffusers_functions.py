@@ -14,8 +14,6 @@ from safetensors.numpy import save_file
 import vdiff_jax as vd
 from vdiff_jax.interop.diffusers import load_autoencoder, load_image_encoder, load_text_encoder, load_unet
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):

@@ -28,7 +28,6 @@ from safetensors.numpy import load_file
 
 import vdiff_jax as vd
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 PREFIX = "text_model."
 """Before the names of a text encoder's tensors in files; in memory newer versions of transformers leave it out."""
 GOLDEN = Path(__file__).parent.parent / "golden"

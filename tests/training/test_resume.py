@@ -1,14 +1,12 @@
 """An interrupted run, resumed in a new process, ends bitwise where an uninterrupted one ends."""
 
 import json
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from script_runner import ROOT, script_environment
+from script_runner import run_scripts
 
 STEPS = 4
 RECIPE = '''"""A diffusion run of toy size."""
@@ -29,11 +27,6 @@ def get_config():
 '''
 
 
-def train(recipe, workdir, *options):
-    command = [sys.executable, "train.py", f"--config={recipe}", f"--workdir={workdir}", *options]
-    return subprocess.run(command, cwd=ROOT, env=script_environment(), capture_output=True, text=True, timeout=900)
-
-
 def checkpoint(workdir, step):
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(workdir.absolute() / "checkpoints" / str(step) / "state")
@@ -52,18 +45,17 @@ def runs(model_folder, tmp_path_factory):
     tmp = tmp_path_factory.mktemp("resume")
     recipe = tmp / "tiny.py"
     recipe.write_text(RECIPE.format(folder=model_folder, steps=STEPS))
-    whole = train(recipe, tmp / "whole")
-    stopped = train(recipe, tmp / "cut", "--config.train.max_minutes=1e-9")
+    whole, cut = (["train.py", f"--config={recipe}", f"--workdir={tmp / name}"] for name in ("whole", "cut"))
     # Settings that change nothing here: one that nobody needs to know of, and one that it does warn of.
-    resumed = train(recipe, tmp / "cut", "--config.train.keep_checkpoints=3", "--config.lora.alpha=5.0")
-    return tmp, whole, stopped, resumed
+    changed = "--config.train.keep_checkpoints=3", "--config.lora.alpha=5.0"
+    return tmp, *run_scripts([whole, [*cut, "--config.train.max_minutes=1e-9"], [*cut, *changed]], timeout_s=900)
 
 
 def test_a_resumed_run_ends_bitwise_like_an_uninterrupted_one(runs):
     tmp, whole, stopped, resumed = runs
-    assert whole.returncode == 0, whole.stderr
-    assert stopped.returncode == 75 and "stopping at step 1: time limit reached" in stopped.stderr, stopped.stderr
-    assert resumed.returncode == 0 and "resumed at step 1" in resumed.stderr, resumed.stderr
+    assert whole.code == 0, whole.stderr
+    assert stopped.code == 75 and "stopping at step 1: time limit reached" in stopped.stderr, stopped.stderr
+    assert resumed.code == 0 and "resumed at step 1" in resumed.stderr, resumed.stderr
     warned = [line for line in resumed.stderr.splitlines() if "settings changed" in line]
     assert len(warned) == 1 and warned[0].startswith("warning: ") and warned[0].endswith(": lora.alpha 4.0 -> 5.0")
     assert "settings changed" not in whole.stderr + stopped.stderr
