@@ -32,8 +32,6 @@ GOLDEN = Path(__file__).parent.parent / "golden" / "lora.npz"
 QUERY = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 MOTION = "down_blocks.0.motion_modules.0.transformer_blocks.0.attn1.to_out.0"
 RANK, ALPHA = 3, 1.7
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""The network runs a few times only: what compiles soonest is best."""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +41,7 @@ def base(tmp_path_factory):
 
 @functools.cache
 def _compiled(component):
-    return jax.jit(component.apply, compiler_options=QUICK)
+    return jax.jit(component.apply)
 
 
 def outputs(model):
