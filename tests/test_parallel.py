@@ -27,7 +27,6 @@ from vdiff_jax.training.step import create_state, init_sharded_state, make_train
 KEY = jax.random.key(0)
 # One level: half the compile time of two.
 UNET = dict(latent_channels=2, channels=(32,), attention=(True,), embedding_features=16, head_dim=8)
-pytestmark = pytest.mark.usefixtures("quick_compile")
 BATCH, FRAMES, SIDE = 8, 4, 4
 
 

@@ -6,7 +6,7 @@ PYTHONPATH=tests python tests/golden/make_collectives.py
 import json
 from pathlib import Path
 
-import conftest  # noqa: F401, it simulates the devices
+import conftest  # noqa: F401, devices and compiler settings of the tests
 import jax
 from test_parallel import three_steps
 
