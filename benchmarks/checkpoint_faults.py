@@ -46,7 +46,7 @@ KINDS = ["bits", "truncate", "kill", "resume", "full", "processes"]
 # Runs that are cut off ---------------------------------------------------------------------------------------------
 
 
-def worker(workdir: Path, **settings: int) -> subprocess.Popen:
+def worker(workdir: Path, **settings: float) -> subprocess.Popen:
     """A run in a process of its own, with one device."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
     given = json.dumps({"workdir": str(workdir), **settings})

@@ -2,14 +2,16 @@
 
     python benchmarks/fault_run.py '{"workdir": "somewhere", "steps": 20, "interval": 2}'
 
-`checkpoint_faults.py` starts it, kills it and starts it again. With "processes", "process" and "port" it is one of
-several processes.
+`checkpoint_faults.py` and `two_processes.py` start it, kill it and start it again. With "processes", "process" and
+"port" it is one of several; "heartbeat" is `train.heartbeat_s`, "stall" the step whose batch never comes, "pause"
+seconds before each batch. Exit codes are those of `train.py`.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,10 @@ import numpy as np
 import optax
 from absl import flags, logging
 
-from vdiff_jax import parallel
+from vdiff_jax import parallel, processes
 from vdiff_jax.data.loader import Loader
 from vdiff_jax.training.checkpoint import Checkpoints
+from vdiff_jax.training.goodput import Goodput
 from vdiff_jax.training.loop import LoopConfig, fit
 from vdiff_jax.training.step import init_sharded_state, make_train_step
 
@@ -63,7 +66,16 @@ def start(mesh: jax.sharding.Mesh):
     return state, shardings, make_train_step(loss_fn, optimizer, mesh, shardings, ema_decay=0.9)
 
 
-def train(workdir: Path, steps: int, interval: int) -> Any:
+def train(
+    workdir: Path,
+    steps: int,
+    interval: int,
+    *,
+    heartbeat: float = 100.0,
+    stall: int = -1,
+    pause: float = 0.0,
+    clock: Goodput | None = None,
+) -> Any:
     """Run or take up a run; `workdir/clips.<process>.jsonl` gets a line at each start and each step's clips."""
     mesh = parallel.make_mesh()
     with jax.set_mesh(mesh), (workdir / f"clips.{jax.process_index()}.jsonl").open("a") as log:
@@ -75,10 +87,11 @@ def train(workdir: Path, steps: int, interval: int) -> Any:
 
         def batches(first: int) -> Iterator[Any]:
             for number, batch in enumerate(make_loader().host_batches(first), first):
+                time.sleep(10**6 if number == stall else pause)
                 print(json.dumps({"step": number, "clips": batch.names}), file=log, flush=True)
                 yield parallel.shard_batch({"video": batch.arrays["video"]}, mesh)
 
-        config = LoopConfig(steps, log_steps=0, checkpoint_steps=interval)
+        config = LoopConfig(steps, log_steps=0, checkpoint_steps=interval, heartbeat_s=heartbeat)
         try:
             state, _ = fit(
                 state,
@@ -89,19 +102,25 @@ def train(workdir: Path, steps: int, interval: int) -> Any:
                 batch_size=BATCH_SIZE,
                 checkpoints=checkpoints,
                 meta={},
+                clock=clock,
             )
         finally:
             checkpoints.close()
         return state
 
 
-def main(workdir: str, steps: int, interval: int = 2, processes: int = 1, process: int = 0, port: int = 0) -> None:
+def main(workdir: str, steps: int, interval: int = 2, **settings: Any) -> int:
     flags.FLAGS(sys.argv[:1])  # grain reads them
     logging.set_verbosity(logging.WARNING)
-    if processes > 1:
-        jax.distributed.initialize(f"localhost:{port}", processes, process)
-    train(Path(workdir), steps, interval)
+    count, process, port = (settings.pop(name, 0) for name in ("processes", "process", "port"))
+    if count > 1:
+        heartbeat = settings.get("heartbeat", 100)
+        processes.start_distributed(f"localhost:{port}", count, process, heartbeat_s=heartbeat)
+    clock = Goodput()
+    with processes.one_ends_all(lambda: f"after step {clock.step}"):
+        state = train(Path(workdir), steps, interval, clock=clock, **settings)
+        return 0 if int(state.step) >= steps else 75
 
 
 if __name__ == "__main__":
-    main(**json.loads(sys.argv[1]))
+    sys.exit(main(**json.loads(sys.argv[1])))

@@ -192,10 +192,17 @@ def path_name(path: tuple) -> str:
 
 
 def to_host(tree: Any) -> Any:
-    """Every leaf whole as a numpy array on every process; all processes must call it."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return jax.tree.map(lambda leaf: multihost_utils.process_allgather(leaf, tiled=True), tree)
+    """Every leaf whole as a numpy array on every process; all processes must call it.
+
+    What a process holds for itself, such as a numpy array, comes back as it is there.
+    """
+
+    def whole(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return jax.device_get(leaf)
+        return multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.tree.map(whole, tree)
 
 
 def on_this_process() -> Any:

@@ -30,7 +30,7 @@ from vdiff_jax.interop import lora as lora_files
 from vdiff_jax.latent_model import LatentModel, SamplingOptions, Settings, estimate
 from vdiff_jax.lora_model import apply_lora
 from vdiff_jax.models.lora import Lora
-from vdiff_jax.parallel import on_one_device, path_name
+from vdiff_jax.parallel import on_one_device, path_name, to_host
 from vdiff_jax.types import (
     Array,
     Params,
@@ -229,7 +229,7 @@ class VideoDiffusion(EditingVerbs, LatentModel):
         leaves = jax.tree_util.tree_leaves_with_path(self.params[name])
         for key, leaf in sorted((path_name(path), leaf) for path, leaf in leaves):  # on the host one by one
             digest.update(key.encode())
-            digest.update(np.ascontiguousarray(leaf).tobytes())
+            digest.update(np.ascontiguousarray(to_host(leaf)).tobytes())
         return digest.hexdigest()[:16]
 
     def provenance(self, **used: Any) -> dict[str, Any]:

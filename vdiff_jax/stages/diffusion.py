@@ -62,9 +62,10 @@ def diffusion_stage(recipe: Recipe, data: DataConfig, start: VideoDiffusion | No
     else:
         networks = native_networks(recipe, data, start, mesh)
     settings = _settings(recipe, data, diffusion, start, networks)
+    shown = networks.on_host(mesh)
     model = VideoDiffusion(
         networks.components,
-        {name: networks.fixed.get(name) or {} for name in networks.components},
+        {name: shown.fixed.get(name) or {} for name in networks.components},
         networks.tokenizer,
         settings,
     )
@@ -101,8 +102,8 @@ def diffusion_stage(recipe: Recipe, data: DataConfig, start: VideoDiffusion | No
         init=networks.init,
         loss_fn=loss_fn,
         batches_from=_batches(parts, prepare, networks, recipe.seed, mesh),
-        on_sample=_preview(model, networks, sample, workdir, data.native_fps),
-        finish=_finish(model, networks),
+        on_sample=_preview(model, shown, sample, workdir, data.native_fps),
+        finish=_finish(model, shown),
         left_out=parts[0].left_out,
         example_steps=parts[0].example_steps,
         unread=parts[0].unread,

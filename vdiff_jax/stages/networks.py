@@ -7,8 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
+from vdiff_jax import parallel
 from vdiff_jax.components import Component, make_component
 from vdiff_jax.data.tokenizer import Tokenizer
 from vdiff_jax.interop import transformers
@@ -54,15 +56,25 @@ class Networks:
         params = trainable if self.update is None else self.update.complete(trainable, self.update.base)
         return {**self.fixed, **params}
 
+    def on_host(self, mesh: Mesh) -> Networks:
+        """The same, for what one process computes alone on a device of its own; all must call it."""
+        if mesh.size == 1:
+            return self
+        update = self.update
+        if update is not None:
+            update = dataclasses.replace(update, base=parallel.to_host(update.base))
+        return dataclasses.replace(self, fixed=parallel.to_host(self.fixed), update=update)
+
     def null_prompt(self, context_length: int) -> tuple[Array, Array] | None:
         """The empty prompt as tokens, or as features where the text encoder is fixed; and its mask."""
         text = self.components.get("text_encoder")
         if text is None or self.tokenizer is None:
             return None
-        value, mask = (jnp.asarray(array) for array in self.tokenizer.encode([""], context_length))
+        value, mask = self.tokenizer.encode([""], context_length)
         if "text_encoder" in self.fixed:
-            value = jax.jit(text.apply)(self.fixed["text_encoder"], value, mask)
-        return value[0], mask[0]
+            with parallel.on_this_process():
+                value = np.asarray(jax.jit(text.apply)(parallel.to_host(self.fixed["text_encoder"]), value, mask))
+        return jnp.asarray(value[0]), jnp.asarray(mask[0])
 
 
 def begun(networks: Networks, params: Params, patterns: tuple[str, ...]) -> Networks:

@@ -31,6 +31,7 @@ class Goodput:
         self._saved = {int(step): float(value) for step, value in before["saved"].items()}
         self._starts = int(before["starts"]) + 1
         self.now = ("startup", time.monotonic() - process_age_s())
+        self._counted = self.now[1]
         self.step = 0
         self.longest: dict[str, float] = {}
         self._seen: set[str] = set()
@@ -38,23 +39,29 @@ class Goodput:
     def enter(self, phase: str, count_as: str | None = None) -> None:
         """The phase before ends here; its time counts as `count_as` if that is given."""
         before, since = self.now
-        moment = time.monotonic()
+        moment = self._count(count_as)
         self.now = (phase, moment)
-        self.seconds[count_as or before] += moment - since
         if before in self._seen:
             self.longest[before] = max(self.longest.get(before, 0.0), moment - since)
         self._seen.add(before)
 
+    def _count(self, count_as: str | None = None) -> float:
+        """The phase so far; returns the moment."""
+        moment = time.monotonic()
+        self.seconds[count_as or self.now[0]] += moment - self._counted
+        self._counted = moment
+        return moment
+
     def saved(self, step: int) -> None:
         """A checkpoint of this step is under way."""
-        self.enter(self.now[0])
+        self._count()
         self._saved[step] = self.seconds["step"]
         for old in sorted(self._saved)[:-_REMEMBERED]:
             del self._saved[old]
 
     def resumed(self, step: int) -> None:
         """The run goes on from this step: what was done after it is lost."""
-        self.enter(self.now[0])
+        self._count()
         kept = max((value for saved, value in self._saved.items() if saved <= step), default=0.0)
         self._saved = {saved: value for saved, value in self._saved.items() if saved <= step}
         self.seconds["lost"] += self.seconds["step"] - kept
@@ -62,7 +69,7 @@ class Goodput:
 
     def percent(self) -> Scalars:
         """Of all time so far, by phase; adds up to 100."""
-        self.enter(self.now[0])
+        self._count()
         total = max(sum(self.seconds.values()), 1e-9)
         return {name: 100 * value / total for name, value in self.seconds.items()}
 

@@ -1,0 +1,65 @@
+"""Several processes: how they start, and how they end together. `benchmarks/two_processes.py` does more of it."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from script_runner import ROOT, script_environment
+
+from vdiff_jax.processes import PEER_LOST, start_distributed
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import two_processes
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (("localhost:1", None, 0), "--num_processes missing: give --coordinator, --num_processes, --process_id"),
+        ((None, 2, None), "--coordinator and --process_id missing"),
+        (("localhost:1", 2, 2), "--process_id=2 must be at least 0 and below --num_processes=2"),
+        (("localhost", 2, 0), "--coordinator=localhost: give host:port"),
+    ],
+)
+def test_settings_that_cannot_work(settings, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        start_distributed(*settings)
+
+
+def start_alone(*settings, **options):
+    """The error of a start in a process of its own."""
+    program = f"from vdiff_jax.processes import start_distributed as s\ntry: s(*{settings}, **{options})\n"
+    program += "except Exception as error: print(type(error).__name__, error)"
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, env=script_environment(), cwd=ROOT, capture_output=True, text=True).stdout
+
+
+def test_without_a_scheduler_the_flags_are_named():
+    said = start_alone()
+    assert said.startswith("ValueError --distributed finds no TPU pod, SLURM, Kubernetes or Open MPI here")
+    assert "give --coordinator=HOST:PORT --num_processes=N --process_id=I" in said
+
+
+def test_all_stop_at_one_step_and_one_that_is_killed_ends_the_other(tmp_path):
+    pair = two_processes.Pair(tmp_path, steps=10**6, interval=3, heartbeat=5, pause=0.02)
+    pair.wait_for_step(5)
+    pair.runs[1].send_signal(signal.SIGTERM)  # twice, and to one of them
+    time.sleep(0.2)
+    pair.runs[1].send_signal(signal.SIGTERM)
+    assert pair.ended() == [75, 75], pair.said
+    stopped = [log[-1]["step"] for log in pair.logs()]
+    assert stopped[0] == stopped[1]
+
+    pair = two_processes.Pair(tmp_path, steps=10**6, interval=3, heartbeat=5, pause=0.02)
+    pair.wait_for_step(stopped[0] + 5)
+    assert [line["start"] for line in pair.logs()[0] if "start" in line] == [0, stopped[0] + 1]
+    started = time.monotonic()
+    pair.runs[1].kill()
+    assert pair.ended() == [PEER_LOST, -signal.SIGKILL], pair.said
+    assert time.monotonic() - started < 2 * 5 + 2
+    assert "process 0 of 2: another process of this run ended or cannot be reached, after step" in pair.said[0]
