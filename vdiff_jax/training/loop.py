@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -148,7 +148,7 @@ class _Loop:
         clock.enter("data")
         batch = next(batches)
         # Where the devices are busy with the step before, nothing waited for the batch.
-        busy = before is not None and not before["loss"].is_ready()
+        busy = before is not None and not cast(Any, before["loss"]).is_ready()
         clock.enter("step" if self.compiled else "compile", "step" if busy else None)
         self.compiled = True
         state, metrics = train_step(state, batch, key)

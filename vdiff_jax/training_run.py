@@ -1,0 +1,176 @@
+"""One training run of a stage, from the look before it to the finished model: what `train.py` starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from vdiff_jax import parallel, processes
+from vdiff_jax.models.functional import parameter_count
+from vdiff_jax.preflight import check_run_data, check_run_memory
+from vdiff_jax.recipe import Recipe, TrainConfig, section
+from vdiff_jax.stages import Stage, make_stage
+from vdiff_jax.training.checkpoint import Checkpoints, SaveFailed
+from vdiff_jax.training.config_changes import describe_changes
+from vdiff_jax.training.goodput import Goodput
+from vdiff_jax.training.loop import fit
+from vdiff_jax.training.manifest import code_version
+from vdiff_jax.training.optimizer import OptimizerConfig, make_optimizer
+from vdiff_jax.training.step import TrainState, abstract_state, init_sharded_state, make_train_step
+from vdiff_jax.training.writers import MetricWriter
+
+SAVE_FAILED = 74  # the last checkpoint could not be written: nothing after the one before is saved
+STOPPED_EARLY = 75  # stopped by a signal or the time limit, with a checkpoint: run again to go on
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """All that a run needs before any memory is taken. abstract: the state's shapes with their shardings."""
+
+    recipe: Recipe
+    train: TrainConfig
+    mesh: Mesh
+    workdir: Path
+    clock: Goodput
+    stage: Stage
+    optimizer: Any
+    abstract: TrainState
+    train_step: Any
+    checkpoints: Checkpoints
+
+
+def prepare_run(recipe: Recipe, mesh: Mesh, workdir: Path, clock: Goodput) -> Run:
+    """Data, networks and the step, looked at: what cannot work is refused here, see `preflight`."""
+    train: TrainConfig = section(recipe, "train", TrainConfig)
+    if report := check_run_data(recipe, mesh):
+        tell(str(report))
+    stage = make_stage(recipe, mesh, workdir)
+    if stage.left_out.count:
+        tell(f"warning: {stage.left_out}")
+    optimizer = make_optimizer(section(recipe, "optimizer", OptimizerConfig), train.num_steps)
+    abstract = abstract_state(stage.init, optimizer, mesh)
+    tell(f"{parameter_count(abstract.params) / 1e6:.2f} M trainable parameters")
+    checkpoints = Checkpoints(workdir, keep=train.keep_checkpoints, keep_every=train.keep_every_steps)
+    if not train.partial_restore:
+        checkpoints.check(abstract)
+    train_step = make_train_step(
+        stage.loss_fn,
+        optimizer,
+        mesh,
+        _shardings(abstract),
+        ema_decay=train.ema_decay,
+        accumulation_steps=train.accumulation_steps,
+        spike_sigmas=train.spike_sigmas,
+        frozen=stage.frozen,
+    )
+    clock.enter("compile")
+    for memory in check_run_memory(stage, train_step, abstract, train.memory_limit_gb):
+        tell(str(memory))
+    clock.enter("startup")
+    return Run(recipe, train, mesh, workdir, clock, stage, optimizer, abstract, train_step, checkpoints)
+
+
+def carry_out(run: Run) -> int:
+    """Train to the end, a signal or the time limit, and write the model; returns the exit code."""
+    stage, workdir, clock, key = run.stage, run.workdir, run.clock, jax.random.key(run.recipe.seed)
+    meta = {"config": json.loads(run.recipe.to_json_best_effort()), "code": code_version()}
+    state, data_offset = _first_state(run, key, meta)
+    clock.resumed(int(state.step))
+    writer = MetricWriter(workdir) if jax.process_index() == 0 else None
+    if writer is not None:
+        (workdir / "recipe.json").write_text(run.recipe.to_json_best_effort(indent=2) + "\n", encoding="utf-8")
+    try:
+        state, finished = fit(
+            state,
+            run.train_step,
+            stage.batches_from,
+            key,
+            run.train.loop(),
+            batch_size=run.recipe.data.batch_size,
+            checkpoints=run.checkpoints,
+            meta=meta,
+            data_offset=data_offset,
+            clock=clock,
+            writer=writer,
+            on_sample=_preview(stage),
+            on_model=lambda step, state: _write_model(stage, state, workdir / "models" / f"{step:07d}"),
+        )
+    except SaveFailed as error:
+        tell(f"error: {error}; free some space or make it writable, and run again")
+        return SAVE_FAILED
+    finally:
+        run.checkpoints.close()
+        clock.write()
+        if writer is not None:
+            writer.close()
+    _write_model(stage, state, workdir / "model")
+    if stage.unread.count:
+        tell(f"warning: {stage.unread}")
+    tell(f"model at step {int(state.step)} written to {workdir / 'model'}")
+    clock.write()
+    tell(str(clock))
+    processes.wait_for_all()
+    return 0 if finished else STOPPED_EARLY
+
+
+def _first_state(run: Run, key: jax.Array, meta: dict[str, Any]) -> tuple[TrainState, int]:
+    """(state born sharded, or of the newest checkpoint; how far the data are ahead of its step)."""
+
+    def fresh() -> TrainState:
+        return init_sharded_state(run.stage.init, run.optimizer, key, run.mesh, start=run.stage.start)[0]
+
+    if run.checkpoints.latest_step is None:
+        return fresh(), 0
+    rest = fresh() if run.train.partial_restore else None
+    state, saved = run.checkpoints.restore(run.abstract, _shardings(run.abstract), fresh=rest)
+    tell(f"resumed at step {int(state.step)}")
+    _report_changes(saved, meta)
+    return state, saved.get("data_offset", 0)
+
+
+def _shardings(abstract: TrainState) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def _write_model(stage: Stage, state: TrainState, folder: Path) -> None:
+    """Called by all processes; the first one writes."""
+    params = parallel.to_host(state.ema)
+    if jax.process_index() == 0:
+        with parallel.on_this_process():
+            stage.finish(params, folder)
+
+
+def _preview(stage: Stage):
+    """What `fit` calls, by all processes; the first one shows."""
+    show = stage.on_sample
+
+    def on_sample(step: int, state: TrainState, writer: MetricWriter | None) -> None:
+        params = parallel.to_host(state.ema)
+        if writer is not None and show is not None:
+            with parallel.on_this_process():
+                show(step, params, writer)
+
+    return on_sample if show is not None else None
+
+
+def _report_changes(saved: dict[str, Any], meta: dict[str, Any]) -> None:
+    """Say what differs between the run that wrote a checkpoint and this one."""
+    serious, mild = describe_changes(saved.get("config", {}), meta["config"])
+    if serious:
+        tell(f"warning: settings changed, so this is not the run it would have been: {serious}")
+    if mild:
+        tell(f"settings changed: {mild}")
+    if saved.get("code") != meta["code"]:
+        tell(f"code changed: {saved.get('code')} -> {meta['code']}")
+
+
+def tell(text: str) -> None:
+    """To the console, by the first process."""
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr)
