@@ -78,7 +78,9 @@ def test_a_run_to_its_end_saves_logs_and_samples(tmp_path):
         # w -> 1 - 0.8^n under this loss, so the loss at update n is 0.64^(n - 1).
         np.testing.assert_allclose(line["loss"], 0.64 ** (line["step"] - 1), rtol=1e-5)
         assert line["error/0"] == 1.0 and line["error/2"] == 2.0 and "error/1" not in line
-        assert line["skipped"] == 0 and line["clips_per_s"] > 0 and line["grad_norm"] > 0
+        shares = [value for name, value in line.items() if name.startswith("goodput/")]
+        assert len(shares) == 7 and abs(sum(shares) - 100) < 0.1
+        assert line["skipped"] == line["spikes"] == 0 and line["clips_per_s"] > 0 and line["grad_norm"] > 0
     assert list((tmp_path / "tensorboard").iterdir())
 
 
@@ -106,6 +108,24 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(number, tmp_path):
     state, finished = run(tmp_path, LoopConfig(num_steps=100, checkpoint_steps=0), batches=batches)
     assert not finished and int(state.step) == 4 and saved_steps(tmp_path) == [4]
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+def test_a_second_signal_while_saving_does_no_harm(tmp_path, monkeypatch):
+    wait, sent = Checkpoints.wait, []
+
+    def wait_and_be_told_again(checkpoints):
+        os.kill(os.getpid(), signal.SIGTERM)
+        sent.append(signal.SIGTERM)
+        wait(checkpoints)
+
+    monkeypatch.setattr(Checkpoints, "wait", wait_and_be_told_again)
+
+    def batches(first):
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield from start()[2](first)
+
+    state, finished = run(tmp_path, LoopConfig(num_steps=100, checkpoint_steps=0), batches=batches)
+    assert not finished and saved_steps(tmp_path) == [int(state.step)] == [1] and sent
 
 
 def test_a_second_interrupt_does_not_wait():

@@ -152,11 +152,8 @@ class _Loop:
         clock.enter("step" if self.compiled else "compile", "step" if busy else None)
         self.compiled = True
         state, metrics = train_step(state, batch, key)
-        if before is None:
-            clock.enter("step")
-            jax.block_until_ready(metrics["loss"])
-        else:
-            jax.block_until_ready(before["loss"])
+        # Waiting for the first step is waiting for the slowest process to compile; it counts as that.
+        jax.block_until_ready((metrics if before is None else before)["loss"])
         self.step += 1
         return state, metrics
 
