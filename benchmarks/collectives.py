@@ -74,7 +74,7 @@ def measure(recipe: Recipe, name: str, steps: int) -> tuple[dict, np.ndarray, di
         stage = make_stage(recipe, mesh, Path(folder))
         key = jax.random.key(recipe.seed)
         state, shardings = init_sharded_state(stage.init, optimizer, key, mesh, start=stage.start)
-        taken = parallel.bytes_per_device(state, shardings)
+        taken = parallel.bytes_per_device(state)
         batches = stage.batches_from(0)
         first = next(batches)
         step = make_train_step(stage.loss_fn, optimizer, mesh, shardings).lower(state, first, key).compile()

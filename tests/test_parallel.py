@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec
 from tiny_model import TEXT, random_params
 
+import vdiff_jax as vd
 from vdiff_jax import parallel
 from vdiff_jax.collectives import collectives, histogram
 from vdiff_jax.components import make_component
@@ -22,7 +23,7 @@ from vdiff_jax.diffusion.schedule import make_schedule
 from vdiff_jax.models.unet_config import UNetConfig
 from vdiff_jax.training.diffusion_objective import make_diffusion_loss, predictor
 from vdiff_jax.training.optimizer import OptimizerConfig, make_optimizer
-from vdiff_jax.training.step import create_state, init_sharded_state, make_train_step
+from vdiff_jax.training.step import abstract_state, init_sharded_state, make_train_step
 
 KEY = jax.random.key(0)
 # One level: half the compile time of two.
@@ -128,10 +129,10 @@ def test_large_leaves_are_split_along_their_largest_divisible_axis():
 
 def test_fsdp_splits_the_state_of_a_real_network_almost_evenly():
     unet = make_component("unet", dataclasses.asdict(UNetConfig.native("10M")))
-    state = jax.eval_shape(lambda key: create_state(unet.init, make_optimizer(OptimizerConfig(), 9), key), KEY)
     for name in ("1x8x1", "2x2x2"):
         mesh = mesh_of(name)
-        taken = parallel.bytes_per_device(state, parallel.tree_shardings(state, mesh))
+        state = abstract_state(unet.init, make_optimizer(OptimizerConfig(), 9), mesh)
+        taken = parallel.bytes_per_device(state)
         parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
         assert taken <= 1.15 * 16 * parameters / mesh.shape["fsdp"]  # fp32: parameters, two moments, EMA
 
@@ -260,6 +261,20 @@ def test_sampling_a_sharded_batch_gives_the_same_clips(model):
     split = model.generate_latents(prompts, keys=jax.device_put(keys, parallel.batch_sharding(mesh_of("8x1x1"))))
     assert len({shard.device for shard in split.addressable_shards if shard.data.shape[0] == 1}) == 8
     np.testing.assert_allclose(split, plain, atol=1e-4 * np.abs(plain).max())
+
+
+def test_a_model_loaded_on_a_mesh_splits_its_weights_and_the_clips_of_a_call(model, model_folder):
+    prompts = ["a red circle moving right"] * 4
+    plain = model.generate(prompts, seed=5)
+    with jax.set_mesh(mesh_of("2x2x1")):
+        spread = vd.load(model_folder)
+        kernel = spread.params["unet"]["mid"]["spatial"]["layer"]["feedforward"]["proj_in"]["kernel"]
+        clips = spread.generate(prompts, seed=5)
+        latents = spread.generate_latents(prompts, keys=jax.vmap(jax.random.key)(jnp.arange(4)))
+    assert kernel.sharding.mesh.size == 4
+    assert {shard.data.shape[0] for shard in latents.addressable_shards} == {1}
+    for a, b in zip(plain, clips):
+        assert np.abs(a.frames.astype(int) - b.frames).max() <= 1
 
 
 def test_devices_that_sample_different_clips_send_nothing(model):

@@ -43,6 +43,8 @@ MISTAKES = {
     "a size in words": ([*SAMPLE, "--size=wide"], "--size=wide: give one number of pixels, or HEIGHTxWIDTH"),
     "a picture for a model of prompts": ([*SAMPLE, "--image={tmp}/clip.gif"], "this model animates no picture"),
     "a type for a model of ours": ([*SAMPLE, "--dtype=bfloat16"], "is no pipeline of diffusers: it takes no dtype"),
+    "a mesh that is none": ([*SAMPLE, "--mesh=2x2"], "--mesh=2x2: give three numbers of devices"),
+    "a mesh too large": ([*SAMPLE, "--mesh=2x2x2"], "does not match 1 devices"),
     "unknown sampler": ([*SAMPLE, "--sampler=ddimm"], "did you mean 'ddim'"),
     "bad interval": ([*SAMPLE, "--guidance_interval=low,high"], "guidance_interval"),
     "no samples": ([*SAMPLE, "--num_samples=0"], "num_samples"),

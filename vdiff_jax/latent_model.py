@@ -23,7 +23,7 @@ from vdiff_jax.diffusion.schedule import Schedule, make_schedule
 from vdiff_jax.image_input import ImageInput, without_image
 from vdiff_jax.models.functional import parameter_count
 from vdiff_jax.models.unet_config import UNetConfig
-from vdiff_jax.parallel import split_clips
+from vdiff_jax.parallel import split_clips, spread
 from vdiff_jax.sampling.clipping import ClipEstimate
 from vdiff_jax.sampling.guidance import Guidance, make_denoise_fn
 from vdiff_jax.sampling.job import nothing_known, text_to_video_job
@@ -141,6 +141,7 @@ class LatentModel:
         The other arguments are those of `SamplingOptions`.
         """
         self._unet()
+        keys = spread(keys)
         cond = self.condition(prompts, times, known.latents.shape)
         steps = self.steps(steps)
         job = text_to_video_job(keys, known.latents.shape, self.schedule, steps, cond, self.settings.noise)

@@ -143,6 +143,14 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, batch)
 
 
+def spread(rows: Array) -> Array:
+    """`[b ...]` over the batch axes of the mesh in use, where it divides; else, and without a mesh, as it is."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty or batch_parts(mesh) == 1 or len(rows) % batch_parts(mesh):
+        return rows
+    return jax.device_put(rows, batch_sharding(mesh))
+
+
 # Parameters -------------------------------------------------------------------------------------------------------
 
 
@@ -172,18 +180,17 @@ def tree_shardings(
     return jax.tree_util.tree_map_with_path(choose, abstract)
 
 
-def bytes_per_device(abstract: Any, shardings: Any) -> int:
-    """Bytes that a tree of arrays or ShapeDtypeStructs takes on each device."""
-    sizes = jax.tree.map(
-        lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize, abstract, shardings
-    )
-    return sum(jax.tree.leaves(sizes))
+def bytes_per_device(tree: Any) -> int:
+    """Bytes that a tree of arrays, or of ShapeDtypeStructs with shardings, takes on each device."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def on_one_device(tree: Any) -> Any:
-    """Every leaf whole on the first device of this process."""
+def where_to_load(abstract: Any) -> Any:
+    """Shardings for parameters to read: over the mesh in use; without one, whole on this process's first device."""
+    if not (mesh := jax.sharding.get_mesh()).empty:
+        return tree_shardings(abstract, mesh)
     sharding = SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(lambda _: sharding, tree)
+    return jax.tree.map(lambda _: sharding, abstract)
 
 
 def path_name(path: tuple) -> str:

@@ -30,7 +30,7 @@ from vdiff_jax.interop import lora as lora_files
 from vdiff_jax.latent_model import LatentModel, SamplingOptions, Settings, estimate
 from vdiff_jax.lora_model import apply_lora
 from vdiff_jax.models.lora import Lora
-from vdiff_jax.parallel import on_one_device, path_name, to_host
+from vdiff_jax.parallel import path_name, to_host, where_to_load
 from vdiff_jax.types import (
     Array,
     Params,
@@ -246,7 +246,8 @@ def load(name: str | Path, **options: Any) -> VideoDiffusion:
     name of one on the Hugging Face hub ("owner/name"; needs the extra `hub`). A folder that holds a low-rank update is
     loaded with the model it updates.
 
-    options: `shardings`, from the shapes of a part's parameters to a tree of shardings; for pipelines of diffusers only
+    options: `shardings`, from the shapes of a part's parameters to a tree of shardings, by default over the mesh in use
+        (`jax.set_mesh`), split by its axis `fsdp`; for pipelines of diffusers only
         `dtype, variant, motion_adapter, ...`, see `interop.pipelines.load_pipeline`; `revision` and `cache_dir` for the
         hub, see `interop.hub.download`.
 
@@ -254,8 +255,8 @@ def load(name: str | Path, **options: Any) -> VideoDiffusion:
     """
     folder = _find(name, options)
     if pipelines.is_pipeline(folder):
-        return VideoDiffusion(*pipelines.load_pipeline(folder, **{"shardings": on_one_device, **options}))
-    shardings = options.pop("shardings", None)
+        return VideoDiffusion(*pipelines.load_pipeline(folder, **{"shardings": where_to_load, **options}))
+    shardings = options.pop("shardings", None if jax.sharding.get_mesh().empty else where_to_load)
     if options:
         raise ValueError(f"{folder} is no pipeline of diffusers: it takes no {', '.join(sorted(options))}")
     config = pretrained.load_json(folder / "config.json")

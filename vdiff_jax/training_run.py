@@ -55,7 +55,8 @@ def prepare_run(recipe: Recipe, mesh: Mesh, workdir: Path, clock: Goodput) -> Ru
         tell(f"warning: {stage.left_out}")
     optimizer = make_optimizer(section(recipe, "optimizer", OptimizerConfig), train.num_steps)
     abstract = abstract_state(stage.init, optimizer, mesh)
-    tell(f"{parameter_count(abstract.params) / 1e6:.2f} M trainable parameters")
+    state_gb = parallel.bytes_per_device(abstract) / 1e9
+    tell(f"{parameter_count(abstract.params) / 1e6:.2f} M trainable parameters, {state_gb:.3f} GB of state a device")
     checkpoints = Checkpoints(workdir, keep=train.keep_checkpoints, keep_every=train.keep_every_steps)
     if not train.partial_restore:
         checkpoints.check(abstract)

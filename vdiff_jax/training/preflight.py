@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from vdiff_jax.parallel import bytes_per_device
 from vdiff_jax.types import Array, Batch
 
 _GB = 1e9
@@ -49,8 +50,8 @@ def step_memory(step: Any, state: Any, batch: Batch, key: Array, available: int 
     analysis = step.lower(state, batch, key).compile().memory_analysis()
     donated = analysis.alias_size_in_bytes
     return MemoryReport(
-        state=bytes_here(state),
-        inputs=analysis.argument_size_in_bytes - bytes_here(state),
+        state=bytes_per_device(state),
+        inputs=analysis.argument_size_in_bytes - bytes_per_device(state),
         temporaries=analysis.temp_size_in_bytes + analysis.output_size_in_bytes - donated,
         available=device_memory() if available is None else available,
     )
@@ -70,15 +71,6 @@ def check_memory(report: MemoryReport) -> None:
     raise ValueError(f"the training step does not fit: {report}; {remedy}")
 
 
-def bytes_here(tree: Any) -> int:
-    """Bytes of a tree of arrays or ShapeDtypeStructs on one device, by their shardings."""
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-        total += jax.dtypes.itemsize_bits(leaf.dtype) * _count(shape) // 8
-    return total
-
-
 def device_memory() -> int | None:
     """Bytes a program may take on one device; on CPUs, an equal share of this process's memory for each device."""
     device = jax.local_devices()[0]
@@ -94,10 +86,3 @@ def host_memory() -> int:
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.is_file() else "max"
     return physical if text == "max" else min(physical, int(text))
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
