@@ -1,11 +1,12 @@
 """Two processes of one run on this machine: the same numbers as one, and what one does when the other is gone.
 
-    python benchmarks/two_processes.py --only=train,stop,killed,stalled
+    python benchmarks/two_processes.py --only=train,stop,killed,frozen,starved
 
 train    `train.py` by two processes, and by one with two devices: losses, models, checkpoints; one goes on for both
 stop     SIGTERM to either of them; both go on later, and no step is lost
 killed   one, and then the other, killed with -9: what the survivor says, with which code, and when
-stalled  one waits for data that never comes
+frozen   one, and then the other, stopped as a whole
+starved  one waits for a batch that never comes
 
 Prints one JSON line for each; a `wrong` above 0 is a failure, and the exit code 1.
 """
@@ -30,7 +31,7 @@ from absl import app, flags
 from checkpoint_faults import read_log, worker
 
 ROOT = Path(__file__).parent.parent
-KINDS = ["train", "stop", "killed", "stalled"]
+KINDS = ["train", "stop", "killed", "frozen", "starved"]
 RECIPE = '''"""An autoencoder of toy size on shapes."""
 
 from vdiff_jax.recipe import default_recipe
@@ -53,14 +54,14 @@ def free_port() -> int:
 
 
 class Pair:
-    """`fault_run.py` as two processes. said: what each printed, once they `ended`."""
+    """`fault_run.py` as two processes. second: settings of the second alone. said: what each printed, at the end."""
 
-    def __init__(self, workdir: Path, **settings: float):
+    def __init__(self, workdir: Path, second: dict[str, float] | None = None, **settings: float):
         self.workdir, self.said = workdir, ["", ""]
         port = free_port()
         self._before = len(read_log(workdir))
         self.runs = [
-            worker(workdir, processes=2, process=number, port=port, **{key: settings[key] for key in settings})
+            worker(workdir, processes=2, process=number, port=port, **settings, **(second or {} if number else {}))
             for number in (0, 1)
         ]
 
@@ -169,7 +170,7 @@ def stop(folder: Path) -> dict[str, Any]:
 
 
 def fault(folder: Path, kind: str, number: int, heartbeat: float = 5) -> dict[str, Any]:
-    """One of two is killed, or waits for data for ever; the other must end within two heartbeats, with a word."""
+    """One of two is killed or frozen; the other must end within two heartbeats, with a word."""
     workdir = folder / f"{kind}{number}"
     workdir.mkdir()
     pair = Pair(workdir, steps=10**6, interval=3, heartbeat=heartbeat, pause=0.02)
@@ -196,11 +197,31 @@ def fault(folder: Path, kind: str, number: int, heartbeat: float = 5) -> dict[st
     }
 
 
+def starved(folder: Path, heartbeat: float = 5) -> dict[str, Any]:
+    """The second waits for its batch of step 9 for ever: it must say so, and the first end as well."""
+    workdir = folder / "starved"
+    workdir.mkdir()
+    pair = Pair(workdir, steps=10**6, interval=3, heartbeat=heartbeat, pause=0.02, second={"stall": 9})
+    pair.wait_for_step(8)
+    struck = time.monotonic()
+    codes = pair.ended()
+    seconds = time.monotonic() - struck
+    said = [[line for line in text.splitlines() if line.startswith("error: ")] for text in pair.said]
+    shown = "fault_run.py" in pair.said[1] and "in batches" in pair.said[1]  # the stack of the waiting thread
+    wrong = (codes[1] != 77) + (codes[0] not in (76, 77)) + (seconds > 2 * heartbeat + 2) + (not shown)
+    return {
+        "codes": codes,
+        "seconds": round(seconds, 1),
+        "said": said,
+        "wrong": wrong + ("waiting for the data loader" not in "".join(said[1])),
+    }
+
+
 def measure(kind: str, folder: Path) -> dict[str, Any]:
-    if kind in ("killed", "stalled"):
+    if kind in ("killed", "frozen"):
         found = [fault(folder, kind, number) for number in (1, 0)]
         return {"faults": found, "wrong": sum(one["wrong"] for one in found)}
-    return {"train": compare_training, "stop": stop}[kind](folder)
+    return {"train": compare_training, "stop": stop, "starved": starved}[kind](folder)
 
 
 def main(_: list[str]) -> int:

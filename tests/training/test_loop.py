@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from vdiff_jax.training.checkpoint import Checkpoints
+from vdiff_jax.training.goodput import Goodput
 from vdiff_jax.training.loop import LoopConfig, NonFiniteRun, fit, to_scalars
 from vdiff_jax.training.step import init_sharded_state, make_train_step
 from vdiff_jax.training.stopping import StopRequest
@@ -82,6 +83,24 @@ def test_a_run_to_its_end_saves_logs_and_samples(tmp_path):
         assert len(shares) == 7 and abs(sum(shares) - 100) < 0.1
         assert line["skipped"] == line["spikes"] == 0 and line["clips_per_s"] > 0 and line["grad_norm"] > 0
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_each_part_of_a_run_is_a_phase_of_its_clock(tmp_path):
+    """What a watch reads to tell where a run hangs."""
+    seen = []
+
+    class Watched(Goodput):
+        def enter(self, phase, count_as=None):
+            seen.append((phase, self.step))
+            super().enter(phase, count_as)
+
+    config = LoopConfig(num_steps=3, log_steps=1, checkpoint_steps=2, sample_steps=3)
+    run(tmp_path, config, clock=Watched(), on_sample=lambda step, state, writer: None)
+    assert seen == [
+        ("data", 0), ("compile", 0),
+        ("data", 1), ("step", 1), ("checkpoint", 1),
+        ("data", 2), ("step", 2), ("export", 2), ("checkpoint", 3), ("export", 3),
+    ]  # fmt: skip
 
 
 def test_metrics_of_a_resumed_run_are_appended(tmp_path):

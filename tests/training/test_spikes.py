@@ -60,6 +60,7 @@ def test_what_is_not_finite_is_never_remembered(bad):
     _, expected = judge_all(History.empty(), losses, norms)
     losses, norms = np.insert(losses, [50, 70], bad), np.insert(norms, [50, 70], 1.0)
     losses, norms = np.insert(losses, 60, 1.0), np.insert(norms, 60, bad)
+    losses, norms = np.append(losses, bad), np.append(norms, bad)
     spikes, history = judge_all(History.empty(), losses, norms)
     assert not np.any(spikes)
     for name in ("loss", "grad_norm", "count", "spikes"):
