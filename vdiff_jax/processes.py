@@ -17,9 +17,7 @@ from jax.experimental import multihost_utils
 PEER_LOST = 76
 """Exit code: another process of the run ended or cannot be reached."""
 _START_TIMEOUT_S = 300
-_LOST = re.compile(
-    r"gloo|nccl|connection (closed|reset)|socket closed|unavailable|coordination|heartbeat", re.IGNORECASE
-)
+_LOST = re.compile(r"Gloo|NCCL|UNAVAILABLE: |CoordinationService|coordination service")
 _kept: list = []  # the handler must outlive the call that sets it
 
 
@@ -86,6 +84,8 @@ def one_ends_all(where: Callable[[], str]) -> Iterator[None]:
     _end_on_abort(where)
     try:
         yield
+    except KeyboardInterrupt:
+        _leave(f"error: process {jax.process_index()} of {jax.process_count()}: interrupted", 130)
     except Exception as error:
         text = " ".join(str(error).split())
         if _LOST.search(text):
