@@ -36,13 +36,19 @@ def start_alone(*settings, **options):
     program = f"from vdiff_jax.processes import start_distributed as s\ntry: s(*{settings}, **{options})\n"
     program += "except Exception as error: print(type(error).__name__, error)"
     command = [sys.executable, "-c", program]
-    return subprocess.run(command, env=script_environment(), cwd=ROOT, capture_output=True, text=True).stdout
+    result = subprocess.run(command, env=script_environment(), cwd=ROOT, capture_output=True, text=True)
+    return result.stdout + result.stderr
 
 
 def test_without_a_scheduler_the_flags_are_named():
     said = start_alone()
-    assert said.startswith("ValueError --distributed finds no TPU pod, SLURM, Kubernetes or Open MPI here")
+    assert ("ValueError --distributed finds no TPU pod, SLURM, Kubernetes or Open MPI here") in said
     assert "give --coordinator=HOST:PORT --num_processes=N --process_id=I" in said
+
+
+def test_a_process_alone_says_what_it_waited_for():
+    said = start_alone("localhost:29879", 2, 1, timeout_s=1)
+    assert "error: the processes through localhost:29879 did not all start within 1 s: start every one" in said
 
 
 def test_all_stop_at_one_step_and_one_that_is_killed_ends_the_other(tmp_path):

@@ -18,7 +18,7 @@ PEER_LOST = 76
 """Exit code: another process of the run ended or cannot be reached."""
 _START_TIMEOUT_S = 300
 _LOST = re.compile(r"Gloo|NCCL|UNAVAILABLE: |CoordinationService|coordination service")
-_kept: list = []  # the handler must outlive the call that sets it
+_kept: list = []  # a handler must outlive the call that sets it
 
 
 def start_distributed(
@@ -35,7 +35,8 @@ def start_distributed(
     coordinator: `host:port` of process 0, then with the other two. heartbeat_s: after so long without a sign of life a
     process counts as dead, and the others end. timeout_s: how long to wait for the others.
 
-    Raises ValueError for settings that do not fit, RuntimeError where the others cannot be found.
+    Raises ValueError for settings that do not fit, RuntimeError where the others cannot be found; where JAX aborts
+    instead, a sentence is printed and the exit code is `PEER_LOST`.
     """
     given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
@@ -47,6 +48,12 @@ def start_distributed(
         raise ValueError(f"--process_id={process_id} must be at least 0 and below --num_processes={num_processes}")
     if coordinator is not None and not re.fullmatch(r"\S+:\d+", coordinator):
         raise ValueError(f"--coordinator={coordinator}: give host:port, as 10.0.0.1:1234")
+    where = f"through {coordinator}" if coordinator else "found by --distributed"
+    late = (
+        f"the processes {where} did not all start within {timeout_s} s: start every one, with the same --coordinator "
+        "and --num_processes"
+    )
+    _end_on_abort(lambda: f"error: {late}")
     options: dict = {"cluster_detection_method": "deactivate"} if coordinator else {}
     try:
         jax.distributed.initialize(
@@ -64,11 +71,8 @@ def start_distributed(
         ) from error
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        where = f"through {coordinator}" if coordinator else "found by --distributed"
-        raise RuntimeError(
-            f"the processes {where} did not all start within {timeout_s} s: start every one, with the same "
-            f"--coordinator and --num_processes ({reason})"
-        ) from error
+        raise RuntimeError(f"{late} ({reason})") from error
+    signal.signal(signal.SIGABRT, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
@@ -81,7 +85,7 @@ def one_ends_all(where: Callable[[], str]) -> Iterator[None]:
     if jax.process_count() == 1:
         yield
         return
-    _end_on_abort(where)
+    _end_on_abort(lambda: _lost(where(), "JAX has aborted this one, see the lines above"))
     try:
         yield
     except KeyboardInterrupt:
@@ -116,16 +120,16 @@ def _leave(sentence: str, code: int) -> None:
     os._exit(code)
 
 
-def _end_on_abort(where: Callable[[], str]) -> None:
+def _end_on_abort(sentence: Callable[[], str]) -> None:
     """A sentence and `PEER_LOST` where JAX aborts the process because the coordinator is gone or a peer is silent.
 
-    It aborts from a thread of its own in C++, where no exception is raised and no handler of Python's is run: Python
-    only runs those in the main thread, later, and there is no later.
+    It aborts in C++, often from a thread of its own, where no exception is raised and no handler of Python's is run:
+    Python only runs those in the main thread, later, and there is no later.
     """
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def ended(_number: int) -> None:
-        _leave(_lost(where(), "JAX has aborted this one, see the lines above"), PEER_LOST)
+        _leave(sentence(), PEER_LOST)
 
     _kept.append(ended)
     ctypes.CDLL(None).signal(int(signal.SIGABRT), ended)
