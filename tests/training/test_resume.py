@@ -67,6 +67,10 @@ def test_a_resumed_run_ends_bitwise_like_an_uninterrupted_one(runs):
     # Equal losses at each step: the same clips, levels and noise, so the data position went on too.
     assert [line["step"] for line in log(tmp / "whole")] == [1, 2, 3, 4]
     assert log(tmp / "cut") == log(tmp / "whole")
+    record = json.loads((tmp / "cut" / "goodput.json").read_text())
+    assert record["starts"] == 2 and record["seconds"]["lost"] == 0 and record["wall_s"] > 0
+    assert sum(record["percent"].values()) == pytest.approx(100, abs=0.1)
+    assert all(record["seconds"][phase] > 0 for phase in ("step", "compile", "data", "checkpoint", "startup", "export"))
     for path in (tmp / "whole" / "model").iterdir():
         assert path.read_bytes() == (tmp / "cut" / "model" / path.name).read_bytes(), path.name
 
