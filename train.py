@@ -55,7 +55,7 @@ def main(_: list[str]) -> int:
         mesh = parallel.make_mesh(**recipe.parallel)
         tell(f"{recipe.stage} stage, mesh {parallel.describe(mesh)}, in {workdir}")
         with jax.set_mesh(mesh):
-            run = prepare_run(recipe, mesh, workdir, clock)
+            run = prepare_run(recipe, mesh, workdir, clock, look_only=_PREFLIGHT.value)
             if _PREFLIGHT.value:
                 tell("the run can begin")
                 return 0

@@ -62,6 +62,8 @@ def test_two_open_axes_and_uneven_batches_and_clips_are_refused():
     parallel.check_batch_size(12, mesh)
     with pytest.raises(ValueError, match=r"data.batch_size=10 is not a multiple of 4 devices"):
         parallel.check_batch_size(10, mesh)
+    with pytest.raises(ValueError, match=r"12 is not a multiple of 4 devices .* times train.accumulation_steps=2"):
+        parallel.check_batch_size(12, mesh, accumulation_steps=2)
     parallel.check_num_frames(1, mesh)  # an image is not split
     with pytest.raises(ValueError, match=r"7 frames are not a multiple of parallel.context=2"):
         parallel.check_num_frames(7, mesh)

@@ -111,6 +111,10 @@ PREFLIGHT = {  # said before anything is trained; the last one finds what GOOD h
         [*DIFFUSION, "--config.data.source=folder", "--config.data.folder={tmp}/mixed", "--config.data.num_frames=2"],
         "none of the 2 clips of {tmp}/mixed has a caption, and the model learns from captions",
     ),
+    "no captions for a model to go on with": (  # which is known once the recipe is filled with what the model has
+        ["train.py", "--config=configs/finetune.py", "--workdir={tmp}/run", "--config.init_from={model}", *BRIEF],
+        "none of the 2 clips of {tmp}/brief has a caption, and the model learns from captions",
+    ),
     "too little memory": (
         [*SMALL, "--workdir={tmp}/run", "--config.train.memory_limit_gb=1e-5"],
         "the training step does not fit: each device needs",

@@ -16,6 +16,7 @@ from vdiff_jax.models.text_encoder import TextEncoderConfig
 from vdiff_jax.pipeline import load
 from vdiff_jax.recipe import default_recipe
 from vdiff_jax.stages import make_stage
+from vdiff_jax.stages.prepare import _rate
 from vdiff_jax.training.optimizer import OptimizerConfig, make_optimizer
 from vdiff_jax.training.step import create_state, init_sharded_state, make_train_step
 
@@ -232,3 +233,17 @@ def test_mixed_clips_and_images_train_with_one_program_for_each_bucket(model_fol
     assert shapes == {(2, 4, 8, 8, 2), (2, 1, 8, 12, 2)} and len(stage.example_steps) == 2
     assert step._cache_size() == 2
     assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(state.params)))
+
+
+def test_buckets_need_a_decoder_that_takes_frames_alone(tmp_path):
+    recipe = default_recipe("autoencoder")
+    recipe.model.autoencoder.update(channels=(8, 8), norm_groups=4, decoder="temporal")
+    recipe.data.update(folder=str(tmp_path), buckets=((4, 16, 16),))
+    with pytest.raises(ValueError, match=r"decoder='temporal' mixes frames.*leave data.buckets empty"):
+        staged(recipe, tmp_path, source="folder")
+
+
+def test_an_image_among_clips_has_the_rate_of_the_clips():
+    times = np.array([[0, 1, 2], [0, 2, 4], [0, 0, 0]], np.float32)
+    np.testing.assert_allclose(_rate(times, 8.0), [8.0, 4.0, 8.0])
+    np.testing.assert_allclose(_rate(times[:, :1], 8.0), [8.0] * 3)

@@ -23,7 +23,7 @@ from vdiff_jax.diffusion.schedule import Schedule, make_schedule
 from vdiff_jax.image_input import ImageInput, without_image
 from vdiff_jax.models.functional import parameter_count
 from vdiff_jax.models.unet_config import UNetConfig
-from vdiff_jax.parallel import split_clips, spread
+from vdiff_jax.parallel import context_size, split_clips, spread
 from vdiff_jax.sampling.clipping import ClipEstimate
 from vdiff_jax.sampling.guidance import Guidance, make_denoise_fn
 from vdiff_jax.sampling.job import nothing_known, text_to_video_job
@@ -329,6 +329,7 @@ def _decode_frames(apply: Callable[..., Video], params: Params, latents: Latents
 def _decode_chunks(apply: Callable[..., Video], chunk: int, params: Params, latents: Latents) -> Video:
     """The same for a decoder that mixes frames, `chunk` of them at a time (0 = all): each sees only its own."""
     length = chunk or latents.shape[1]
+    length += -length % context_size()  # a chunk is split over devices as the clip is
     parts = [latents[:, first : first + length] for first in range(0, latents.shape[1], length)]
     return jnp.concatenate([apply(params, part, method="decode") for part in parts], axis=1)
 

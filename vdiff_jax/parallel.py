@@ -80,13 +80,19 @@ def batch_parts(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raises ValueError unless the global batch splits evenly."""
-    if batch_size % batch_parts(mesh):
+def check_batch_size(batch_size: int, mesh: Mesh, accumulation_steps: int = 1) -> None:
+    """Raises ValueError unless the global batch, and each part that is accumulated, splits evenly."""
+    if batch_size % (batch_parts(mesh) * accumulation_steps):
+        times = f" times train.accumulation_steps={accumulation_steps}" if accumulation_steps > 1 else ""
         raise ValueError(
             f"data.batch_size={batch_size} is not a multiple of {batch_parts(mesh)} devices "
-            "(parallel.data x parallel.fsdp): change one of them"
+            f"(parallel.data x parallel.fsdp){times}: change one of them"
         )
+
+
+def context_size() -> int:
+    """Over how many devices the mesh in use splits clips; 1 without one."""
+    return jax.sharding.get_abstract_mesh().shape.get("context", 1)
 
 
 def check_num_frames(num_frames: int, mesh: Mesh) -> None:

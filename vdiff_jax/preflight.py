@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from vdiff_jax import parallel
 from vdiff_jax.data.preflight import DataReport, check_data
 from vdiff_jax.recipe import Recipe, data_config
-from vdiff_jax.stages import Stage, check_batches
+from vdiff_jax.stages import Stage
 from vdiff_jax.training.preflight import MemoryReport, check_memory, step_memory
 from vdiff_jax.training.step import TrainState
 
@@ -22,10 +22,9 @@ from vdiff_jax.training.step import TrainState
 def check_run_data(recipe: Recipe, mesh: Mesh) -> DataReport | None:
     """Look at the clips, see `data.preflight.check_data`; None for those that are rendered.
 
-    Raises ValueError or OSError for data that no training is possible with, and batches that do not divide.
+    recipe: a whole one, see `stages.make_stage`. Raises ValueError or OSError where no training is possible.
     """
     data = data_config(recipe)
-    check_batches(data, mesh)
     reads_prompts = recipe.stage == "diffusion" and recipe.model.text in ("joint", "minilm")
     return check_data(data, data.batch_size, parallel.batch_share(mesh)[1], needs_captions=reads_prompts)
 

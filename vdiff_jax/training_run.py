@@ -12,6 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from vdiff_jax import parallel, processes
+from vdiff_jax.data.cache_build import has_latent_cache
 from vdiff_jax.models.functional import parameter_count
 from vdiff_jax.preflight import check_run_data, check_run_memory
 from vdiff_jax.recipe import Recipe, TrainConfig, section
@@ -45,12 +46,23 @@ class Run:
     checkpoints: Checkpoints
 
 
-def prepare_run(recipe: Recipe, mesh: Mesh, workdir: Path, clock: Goodput) -> Run:
-    """Data, networks and the step, looked at: what cannot work is refused here, see `preflight`."""
+def prepare_run(recipe: Recipe, mesh: Mesh, workdir: Path, clock: Goodput, *, look_only: bool = False) -> Run:
+    """Data, networks and the step, looked at: what cannot work is refused here, see `preflight`.
+
+    look_only: no latent cache is built; where there is none yet, clips are decoded for the look.
+    """
+    cache = recipe.data.latent_cache
+    if look_only and cache and not has_latent_cache(cache):
+        tell(f"data.latent_cache={cache} is not built yet: training will first encode all clips")
+        recipe = recipe.copy_and_resolve_references()
+        recipe.data.latent_cache = ""
     train: TrainConfig = section(recipe, "train", TrainConfig)
-    if report := check_run_data(recipe, mesh):
-        tell(str(report))
-    stage = make_stage(recipe, mesh, workdir)
+
+    def look(whole: Recipe) -> None:
+        if report := check_run_data(whole, mesh):
+            tell(str(report))
+
+    stage = make_stage(recipe, mesh, workdir, look)
     if stage.left_out.count:
         tell(f"warning: {stage.left_out}")
     optimizer = make_optimizer(section(recipe, "optimizer", OptimizerConfig), train.num_steps)

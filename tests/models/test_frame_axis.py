@@ -14,6 +14,7 @@ from tiny_model import random_params
 from vdiff_jax import parallel
 from vdiff_jax.components import make_component
 from vdiff_jax.interop.unets import unet_settings
+from vdiff_jax.latent_model import _decode_chunks
 from vdiff_jax.models import frame_axis
 from vdiff_jax.types import Conditioning
 
@@ -95,6 +96,17 @@ def test_a_decoder_that_mixes_frames_decodes_a_split_clip_as_a_whole():
     np.testing.assert_allclose(split, expected, atol=1e-5 * np.abs(expected).max())
     first = decoder.apply(params, latents[:, :1], method="decode")
     assert np.abs(first - expected[:, :1]).max() > 1e-3  # it does mix them
+
+
+def test_chunks_of_a_split_clip_divide_over_its_devices():
+    def decode(params, latents, method):
+        assert method == "decode" and latents.shape[1] % 4 == 0
+        return latents
+
+    latents = jnp.arange(16.0).reshape(1, 16, 1, 1, 1)
+    with jax.set_mesh(parallel.make_mesh(1, 1, 4, devices=jax.devices()[:4])):
+        np.testing.assert_array_equal(_decode_chunks(decode, 14, {}, latents), latents)
+        np.testing.assert_array_equal(_decode_chunks(decode, 5, {}, latents), latents)
 
 
 def test_pixels_that_do_not_divide_come_back_in_place():

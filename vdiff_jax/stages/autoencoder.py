@@ -32,6 +32,11 @@ def autoencoder_stage(
     component = make_component("autoencoder", recipe.model.autoencoder.to_dict())
     if start is not None:
         check_start(recipe, data, start, component)
+    if data.buckets and not component.config.decodes_frames_alone:
+        raise ValueError(
+            f"model.autoencoder.decoder={component.config.decoder!r} mixes frames, also with those that fill a clip "
+            "up: leave data.buckets empty, or set the decoder to 'frames'"
+        )
     stream = make_stream(data, seed=recipe.seed, tokenizer=None, share=parallel.batch_share(mesh))
 
     def encode_moments(params: Params, video: Array) -> Array:

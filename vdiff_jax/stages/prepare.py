@@ -85,8 +85,11 @@ def first_frame(
 
 
 def _rate(times: Array, fps: float) -> Array:
-    """Frames a second `[b]` of windows with time stamps `times [b f]` in native intervals."""
-    return jnp.full(len(times), fps) if times.shape[1] == 1 else fps / (times[:, 1] - times[:, 0])
+    """Frames a second `[b]` of windows with time stamps `times [b f]` in native intervals; of images, `fps`."""
+    if times.shape[1] == 1:
+        return jnp.full(len(times), fps)
+    gap = times[:, 1] - times[:, 0]  # 0 where an image was filled up
+    return jnp.where(gap > 0, fps / jnp.where(gap > 0, gap, 1.0), fps)
 
 
 def _stream(keys: Array, number: int) -> Array:
