@@ -218,9 +218,14 @@ def to_host(tree: Any) -> Any:
     return jax.tree.map(whole, tree)
 
 
+def own_mesh() -> Mesh:
+    """One device of this process."""
+    return make_mesh(1, devices=jax.local_devices()[:1])
+
+
 def on_this_process() -> Any:
-    """A context for what one process computes alone, such as a preview: its mesh is one device of its own."""
-    return jax.set_mesh(make_mesh(1, devices=jax.local_devices()[:1]))
+    """A context for what one process computes alone, such as a preview: it has a mesh of its own."""
+    return jax.set_mesh(own_mesh())
 
 
 def gather(tree: Any, mesh: Mesh) -> Any:

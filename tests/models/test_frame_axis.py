@@ -47,9 +47,10 @@ def network(family):
     return component, random_params(component, 0, 0.1), arguments
 
 
-def run(family, arguments, devices=1):
+def run(family, arguments, devices=1, data=1, scale=1.0):
     component, params, _ = network(family)
-    with jax.set_mesh(parallel.make_mesh(1, 1, devices, devices=jax.devices()[:devices])):
+    params = jax.tree.map(lambda leaf: scale * leaf, params)
+    with jax.set_mesh(parallel.make_mesh(data, 1, devices, devices=jax.devices()[: data * devices])):
         program = jax.jit(component.apply).lower(params, *arguments).compile(compiler_options=QUICK)
         return np.asarray(program(params, *arguments))
 
@@ -82,6 +83,16 @@ def test_a_clip_filled_up_and_split_over_devices_is_denoised_as_it_is(family):
 def test_frames_that_are_not_marked_as_filler_count(family):
     arguments, expected = network(family)[2], alone(family)
     assert np.abs(run(family, arguments)[:, :REAL] - expected).max() > 1e-3 * np.abs(expected).max()
+
+
+def test_rows_that_see_each_other_are_not_split():
+    """A clip and its style, whose tokens it attends to. With larger weights, so that one tells in the other."""
+    *arrays, cond = network("native")[2]
+    styled = [*arrays, dataclasses.replace(cond, style_weight=np.full(1, 3.0, np.float32))]
+    expected = run("native", styled, scale=5.0)
+    effect = np.abs(run("native", network("native")[2], scale=5.0) - expected)[0].max()
+    assert effect > 1e-2
+    np.testing.assert_allclose(run("native", styled, devices=2, data=2, scale=5.0), expected, atol=0.1 * effect)
 
 
 def test_a_decoder_that_mixes_frames_decodes_a_split_clip_as_a_whole():

@@ -6,7 +6,6 @@ import sys
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
 
 from vdiff_jax import parallel
 from vdiff_jax.components import Component
@@ -23,8 +22,7 @@ def fill_latent_cache(data: DataConfig, autoencoder: Component, params: Params, 
     if not data.latent_cache:
         return
     # A mesh of its own, hence no collectives: processes have different numbers of frames to encode.
-    device = np.asarray(jax.local_devices()[:1])
-    alone = Mesh(device.reshape((1,) * len(parallel.AXES)), parallel.AXES, (AxisType.Auto,) * len(parallel.AXES))
+    alone = parallel.own_mesh()
     mine = jax.device_put(jax.tree.map(_here, params), parallel.replicated(alone))
     first = jax.process_index() == 0
 
