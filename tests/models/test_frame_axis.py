@@ -19,6 +19,8 @@ from vdiff_jax.models import frame_axis
 from vdiff_jax.types import Conditioning
 
 REAL, FILLED = 3, 4
+SCALE = 0.3
+"""Of the weights. With small ones attention over frames adds so little that nothing would be seen of it."""
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 """Each network runs once: what compiles soonest is best."""
 NATIVE = dict(
@@ -44,7 +46,7 @@ def network(family):
     else:
         nothing = np.zeros((*shape, 4, 6, 1), np.float32), np.full(shape, 10.0, np.float32)
         arguments = [values["z"], np.full(shape, values["timestep"], np.float32), *nothing, cond]
-    return component, random_params(component, 0, 0.1), arguments
+    return component, random_params(component, 0, SCALE), arguments
 
 
 def run(family, arguments, devices=1, data=1, scale=1.0):
@@ -76,7 +78,7 @@ def test_a_clip_filled_up_and_split_over_devices_is_denoised_as_it_is(family):
     expected = alone(family)
     valid = np.arange(FILLED)[None] < np.full((2, 1), REAL)
     filled = run(family, [*arguments[:-1], dataclasses.replace(arguments[-1], valid=valid)], devices=2)
-    np.testing.assert_allclose(filled[:, :REAL], expected, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(filled[:, :REAL], expected, atol=5e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("family", ["native", "svd"])
@@ -89,10 +91,10 @@ def test_rows_that_see_each_other_are_not_split():
     """A clip and its style, whose tokens it attends to. With larger weights, so that one tells in the other."""
     *arrays, cond = network("native")[2]
     styled = [*arrays, dataclasses.replace(cond, style_weight=np.full(1, 3.0, np.float32))]
-    expected = run("native", styled, scale=5.0)
-    effect = np.abs(run("native", network("native")[2], scale=5.0) - expected)[0].max()
+    expected = run("native", styled, scale=2.0)
+    effect = np.abs(run("native", network("native")[2], scale=2.0) - expected)[0].max()
     assert effect > 1e-2
-    np.testing.assert_allclose(run("native", styled, devices=2, data=2, scale=5.0), expected, atol=0.1 * effect)
+    np.testing.assert_allclose(run("native", styled, devices=2, data=2, scale=2.0), expected, atol=0.1 * effect)
 
 
 def test_a_decoder_that_mixes_frames_decodes_a_split_clip_as_a_whole():

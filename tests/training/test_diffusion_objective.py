@@ -14,6 +14,7 @@ from vdiff_jax.training.diffusion_objective import make_diffusion_loss, predicto
 from vdiff_jax.training.step import sample_keys
 
 SCHEDULE = make_schedule("cosine")
+KINDS = ("prefix", "both_ends", "first_only", "every_nth", "random_frames", "suffix")
 CONSTANT = 0.8  # the value of the clips that the exact networks know
 BATCH, SHAPE = 256, (5, 2, 2, 3)
 RNG = np.random.default_rng(0)
@@ -240,3 +241,9 @@ def test_patterns_are_those_of_the_real_frames():
     assert (np.asarray(drawn.row)[np.asarray(length) == 1] == 0).all()  # an image is text to image
     ends = known[np.asarray(length) == 3].all((2, 3))
     assert (ends[:, 0] & ends[:, 2] & ~ends[:, 1]).any()  # both ends are those of the real clip
+    last = {kind: float(kind == "suffix") for kind in KINDS}
+    mixture = Mixture(text_to_video=0.0, known_frames=1.0, hole=0.0, ramp=0.0, independent=0.0, **last)
+    drawn = jax.jit(lambda key: draw_batch(key, mixture, SCHEDULE, BATCH, 5, 2, 2, None, length))(jax.random.key(0))
+    frames = np.asarray(drawn.mask)[..., 0].min((2, 3))
+    clips = np.asarray(length) > 1
+    assert (frames[clips, np.asarray(length)[clips] - 1] == 1).all() and (frames[clips, 0] == 0).all()

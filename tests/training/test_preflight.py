@@ -52,6 +52,8 @@ def test_a_step_that_does_not_fit_is_refused_with_what_helps(batch_size, remedy)
     with pytest.raises(ValueError, match=r"does not fit: each device needs .* GB of 0.00: .* for the state") as error:
         check_memory(told)
     assert remedy in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="does not fit"):
+        check_memory(MemoryReport(1, 1, 1, 2))  # state, what is read, and temporaries together
     check_memory(MemoryReport(1, 1, 1, None))
     check_memory(MemoryReport(1, 1, 1, 3))
 
