@@ -3,8 +3,8 @@
     python benchmarks/fault_run.py '{"workdir": "somewhere", "steps": 20, "interval": 2}'
 
 `checkpoint_faults.py` and `two_processes.py` start it, kill it and start it again. With "processes", "process" and
-"port" it is one of several; "heartbeat" is `train.heartbeat_s`, "stall" the step whose batch never comes, "pause"
-seconds before each batch. Exit codes are those of `train.py`.
+"port" it is one of several; "heartbeat" is `train.heartbeat_s`, "stall" the step whose batch never comes,
+"broken" the one whose batch cannot be read, "pause" seconds before each batch. Exit codes are those of `train.py`.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ def train(
     *,
     heartbeat: float = 100.0,
     stall: int = -1,
+    broken: int = -1,
     pause: float = 0.0,
     clock: Goodput | None = None,
 ) -> Any:
@@ -88,11 +89,13 @@ def train(
         def batches(first: int) -> Iterator[Any]:
             for number, batch in enumerate(make_loader().host_batches(first), first):
                 time.sleep(10**6 if number == stall else pause)
+                if number == broken:
+                    raise OSError(f"no clip for step {number}")
                 print(json.dumps({"step": number, "clips": batch.names}), file=log, flush=True)
                 yield parallel.shard_batch({"video": batch.arrays["video"]}, mesh)
 
         config = LoopConfig(steps, log_steps=0, checkpoint_steps=interval, heartbeat_s=heartbeat)
-        try:
+        with checkpoints:
             state, _ = fit(
                 state,
                 step,
@@ -104,8 +107,6 @@ def train(
                 meta={},
                 clock=clock,
             )
-        finally:
-            checkpoints.close()
         return state
 
 

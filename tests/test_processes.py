@@ -51,6 +51,12 @@ def test_a_process_alone_says_what_it_waited_for():
     assert "error: the processes through localhost:29879 did not all start within 1 s: start every one" in said
 
 
+def test_an_error_in_one_is_told_at_once_though_a_save_goes_on(tmp_path):
+    pair = two_processes.Pair(tmp_path, steps=10**6, interval=1, heartbeat=30, pause=0.1, second={"broken": 5})
+    assert pair.ended() == [PEER_LOST, 1], pair.said
+    assert "error: process 1 of 2: no clip for step 5" in pair.said[1]
+
+
 def test_all_stop_at_one_step_and_one_that_is_killed_ends_the_other(tmp_path):
     pair = two_processes.Pair(tmp_path, steps=10**6, interval=3, heartbeat=5, pause=0.02)
     pair.wait_for_step(5)

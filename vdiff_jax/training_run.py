@@ -99,26 +99,26 @@ def carry_out(run: Run) -> int:
     if writer is not None:
         (workdir / "recipe.json").write_text(run.recipe.to_json_best_effort(indent=2) + "\n", encoding="utf-8")
     try:
-        state, finished = fit(
-            state,
-            run.train_step,
-            stage.batches_from,
-            key,
-            run.train.loop(),
-            batch_size=run.recipe.data.batch_size,
-            checkpoints=run.checkpoints,
-            meta=meta,
-            data_offset=data_offset,
-            clock=clock,
-            writer=writer,
-            on_sample=_preview(stage),
-            on_model=lambda step, state: _write_model(stage, state, workdir / "models" / f"{step:07d}"),
-        )
+        with run.checkpoints:
+            state, finished = fit(
+                state,
+                run.train_step,
+                stage.batches_from,
+                key,
+                run.train.loop(),
+                batch_size=run.recipe.data.batch_size,
+                checkpoints=run.checkpoints,
+                meta=meta,
+                data_offset=data_offset,
+                clock=clock,
+                writer=writer,
+                on_sample=_preview(stage),
+                on_model=lambda step, state: _write_model(stage, state, workdir / "models" / f"{step:07d}"),
+            )
     except SaveFailed as error:
         tell(f"error: {error}; free some space or make it writable, and run again")
         return SAVE_FAILED
     finally:
-        run.checkpoints.close()
         clock.write()
         if writer is not None:
             writer.close()

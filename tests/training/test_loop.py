@@ -159,8 +159,9 @@ def test_the_time_limit_stops_with_a_checkpoint(tmp_path):
     assert not finished and int(state.step) == 1 and saved_steps(tmp_path) == [1]
 
 
-def test_many_bad_updates_in_a_row_end_the_run_after_a_checkpoint(tmp_path):
-    config = LoopConfig(num_steps=100, log_steps=1, checkpoint_steps=0, max_skipped_in_row=3)
+@pytest.mark.parametrize("log_steps", [0, 1])
+def test_many_bad_updates_in_a_row_end_the_run_after_a_checkpoint(log_steps, tmp_path):
+    config = LoopConfig(num_steps=100, log_steps=log_steps, checkpoint_steps=0, max_skipped_in_row=3)
     with pytest.raises(NonFiniteRun, match="3 updates in a row") as error:
         run(tmp_path, config, poison=range(5, 100))
     assert str(tmp_path) in str(error.value)

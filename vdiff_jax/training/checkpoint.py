@@ -150,10 +150,22 @@ class Checkpoints:
         if self.failure:
             raise SaveFailed(self.failure)
 
-    def close(self) -> None:
-        """Finish writing; a failure is only warned of."""
+    def close(self, *, agree: bool = True) -> None:
+        """Finish writing; a failure is only warned of.
+
+        agree: False while an error ends this process. With several processes nothing is waited for then: the others do
+        not come here, and the error must be told at once.
+        """
+        if not agree and jax.process_count() > 1:
+            return
         self._settle()
         self._checkpointer.close()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        self.close(agree=kind is None)
 
     def _prepare_folder(self) -> list[int]:
         self.folder.mkdir(parents=True, exist_ok=True)

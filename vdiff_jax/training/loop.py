@@ -120,7 +120,8 @@ class _Loop:
             state, metrics = self._one_step(state, train_step, batches, key, before)
             # The step before this one is read, so that reading never stalls the device.
             if before is not None:
-                self._log(before, self.step - 1, state)
+                self._log(before, self.step - 1)
+                self._end_if_not_finite(before, self.step - 1, state)
                 if config.rewind_on_spikes and int(before["recent_spikes"]) >= config.rewind_on_spikes:
                     state = self._rewind(state)
                     batches, before = batches_from(self.step + self.data_offset), None
@@ -140,7 +141,8 @@ class _Loop:
                 break
             clock.step = self.step
         if before is not None:
-            self._log(before, self.step, state)
+            self._log(before, self.step)
+            self._end_if_not_finite(before, self.step, state)
         return state
 
     def _one_step(self, state, train_step, batches, key, before: dict[str, Array] | None):
@@ -202,7 +204,7 @@ class _Loop:
         self.clock.resumed(step)
         return state
 
-    def _log(self, metrics: dict[str, Array], step: int, state: TrainState) -> None:
+    def _log(self, metrics: dict[str, Array], step: int) -> None:
         config = self.config
         if not (_due(step, config.log_steps) or step == config.num_steps):
             return
@@ -215,11 +217,15 @@ class _Loop:
             shares = {f"goodput/{name}": share for name, share in self.clock.percent().items()}
             self.writer.scalars(step, {**scalars, **shares})
             self.clock.write()
-        if config.max_skipped_in_row and scalars["skipped_in_row"] >= config.max_skipped_in_row:
+
+    def _end_if_not_finite(self, metrics: dict[str, Array], step: int, state: TrainState) -> None:
+        """At every step, not only at those that are logged."""
+        most = self.config.max_skipped_in_row
+        if most and (in_row := int(metrics["skipped_in_row"])) >= most:
             self.save(state)
             self.checkpoints.wait()
             raise NonFiniteRun(
-                f"{int(scalars['skipped_in_row'])} updates in a row had a non-finite loss or gradient (step {step}); "
+                f"{in_row} updates in a row had a non-finite loss or gradient (step {step}); "
                 f"the last good state is saved in {self.checkpoints.folder}: lower the learning rate or look at the "
                 "data"
             )
