@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,9 @@ def carry_out(run: Run) -> int:
     clock.resumed(int(state.step))
     writer = MetricWriter(workdir) if jax.process_index() == 0 else None
     if writer is not None:
-        (workdir / "recipe.json").write_text(run.recipe.to_json_best_effort(indent=2) + "\n", encoding="utf-8")
+        unfinished = workdir / "recipe.json.unfinished"
+        unfinished.write_text(run.recipe.to_json_best_effort(indent=2) + "\n", encoding="utf-8")
+        unfinished.replace(workdir / "recipe.json")
     try:
         with run.checkpoints:
             state, finished = fit(
@@ -166,8 +169,11 @@ def _preview(stage: Stage):
     def on_sample(step: int, state: TrainState, writer: MetricWriter | None) -> None:
         params = parallel.to_host(state.ema)
         if writer is not None and show is not None:
-            with parallel.on_this_process():
-                show(step, params, writer)
+            try:
+                with parallel.on_this_process():
+                    show(step, params, writer)
+            except OSError as error:  # as of a full disk: no reason to end a run
+                warnings.warn(f"the preview of step {step} cannot be written: {error}", stacklevel=2)
 
     return on_sample if show is not None else None
 

@@ -66,8 +66,9 @@ def test_work_that_is_done_again_is_lost(clock, tmp_path):
     assert third.seconds["step"] == pytest.approx(3) and third.seconds["lost"] == pytest.approx(11)
 
 
-def test_a_file_that_cannot_be_read_is_begun_anew(tmp_path):
-    (tmp_path / "goodput.json").write_text('{"seconds": ')
+@pytest.mark.parametrize("text", ['{"seconds": ', '{"seconds": [], "saved": {}, "starts": 1}', '{"seconds": {}}', "3"])
+def test_a_file_that_cannot_be_read_is_begun_anew(text, tmp_path):
+    (tmp_path / "goodput.json").write_text(text)
     goodput = Goodput(tmp_path)
     goodput.write()
     assert json.loads((tmp_path / "goodput.json").read_text())["starts"] == 1

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import resource
 import signal
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from vdiff_jax.training.checkpoint import Checkpoints
+from vdiff_jax.training.checkpoint import Checkpoints, SaveFailed
 from vdiff_jax.training.goodput import Goodput
 from vdiff_jax.training.loop import LoopConfig, NonFiniteRun, fit, to_scalars
 from vdiff_jax.training.step import init_sharded_state, make_train_step
@@ -173,6 +174,30 @@ def test_many_bad_updates_in_a_row_end_the_run_after_a_checkpoint(log_steps, tmp
     restored, _ = checkpoints.restore(jax.eval_shape(lambda: state), shardings)
     np.testing.assert_allclose(restored.params["w"], 1 - 0.8**5, rtol=1e-5)  # the five good updates
     checkpoints.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard
+def test_a_full_disk_ends_a_run_with_what_it_means_for_its_checkpoint(tmp_path, capsys):
+    """Metrics and the account of time are no reason to end. capsys: the console is no file then."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    _, _, endless = start()
+
+    def batches(first):
+        for step, batch in enumerate(endless(first)):
+            if step == 2:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (8, before[1]))  # no file beyond 8 bytes
+            yield batch
+
+    config, clock = LoopConfig(num_steps=30, log_steps=1, checkpoint_steps=0), Goodput(tmp_path)
+    try:
+        with pytest.warns(UserWarning) as caught, pytest.raises(SaveFailed, match="step 30 could not be written"):
+            run(tmp_path, config, batches=batches, clock=clock)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = [str(warning.message) for warning in caught]
+    assert sum("metrics in" in one for one in said) == sum("goodput.json cannot be written" in one for one in said) == 1
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert lines and all(json.loads(line)["step"] for line in lines)  # whole ones only
 
 
 def test_bad_updates_that_are_not_in_a_row_do_not_end_it(tmp_path):

@@ -159,7 +159,11 @@ class Checkpoints:
         if not agree and jax.process_count() > 1:
             return
         self._settle()
-        self._checkpointer.close()
+        try:
+            self._checkpointer.close()
+        except _STORAGE_ERRORS as error:  # what of a failed save it had still to tell
+            if not self.failure:
+                warnings.warn(f"{self.folder}: {_sentence(error)}", stacklevel=2)
 
     def __enter__(self) -> Checkpoints:
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,15 @@ class Goodput:
     def __init__(self, workdir: Path | None = None):
         self._path = None if workdir is None else workdir / FILE_NAME
         before = _read(self._path)
-        self.seconds: dict[str, float] = {name: float(before["seconds"].get(name, 0.0)) for name in PHASES}
-        self._saved = {int(step): float(value) for step, value in before["saved"].items()}
-        self._starts = int(before["starts"]) + 1
+        self.seconds: dict[str, float] = before["seconds"]
+        self._saved: dict[int, float] = before["saved"]
+        self._starts: int = before["starts"] + 1
         self.now = ("startup", time.monotonic() - process_age_s())
         self._counted = self.now[1]
         self.step = 0
         self.longest: dict[str, float] = {}
         self._seen: set[str] = set()
+        self._warned = False
 
     def enter(self, phase: str, count_as: str | None = None) -> None:
         """The phase before ends here; its time counts as `count_as` if that is given."""
@@ -74,7 +76,7 @@ class Goodput:
         return {name: 100 * value / total for name, value in self.seconds.items()}
 
     def write(self) -> None:
-        """Bring the file up to date; a moment's kill leaves the old or the new one."""
+        """Bring the file up to date; a moment's kill leaves the old or the new one. A full disk is warned of once."""
         if self._path is None:
             return
         shares = {name: round(value, 2) for name, value in self.percent().items()}
@@ -86,8 +88,13 @@ class Goodput:
             "saved": self._saved,
         }
         unfinished = self._path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(self._path)
+        try:
+            unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            unfinished.replace(self._path)
+        except OSError as error:
+            if not self._warned:
+                warnings.warn(f"{self._path} cannot be written: {error.strerror or error}", stacklevel=2)
+            self._warned = True
 
     def __str__(self) -> str:
         shares = self.percent()
@@ -108,11 +115,15 @@ def process_age_s() -> float:
 
 def _read(path: Path | None) -> dict[str, Any]:
     """What an earlier process left; nothing, if that cannot be read."""
-    empty: dict[str, Any] = {"seconds": {}, "saved": {}, "starts": 0}
+    empty: dict[str, Any] = {"seconds": dict.fromkeys(PHASES, 0.0), "saved": {}, "starts": 0}
     if path is None or not path.exists():
         return empty
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return {name: record[name] for name in empty}
-    except (OSError, ValueError, KeyError, TypeError):
+        return {
+            "seconds": {name: float(record["seconds"].get(name, 0.0)) for name in PHASES},
+            "saved": {int(step): float(value) for step, value in record["saved"].items()},
+            "starts": int(record["starts"]),
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return empty

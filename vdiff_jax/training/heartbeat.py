@@ -22,7 +22,7 @@ _WORDS = {
     "step": "the step has not finished: a device, or another process that it waits for",
     "data": "waiting for the data loader",
     "compile": "compiling the step, or waiting for another process to",
-    "checkpoint": "writing a checkpoint, or waiting for another process to",
+    "checkpoint": "writing or restoring a checkpoint, or waiting for another process to",
     "export": "making a preview or writing a model, or waiting for another process to",
 }
 

@@ -174,7 +174,7 @@ class _Loop:
     def _rewind(self, state: TrainState) -> TrainState:
         """The newest checkpoint, to go on with the data after the step that was one spike too many."""
         position = self.step - 1 + self.data_offset
-        self.clock.enter("startup")
+        self.clock.enter("checkpoint")
         self.checkpoints.wait()
         if self.checkpoints.latest_step is None:
             raise SpikingRun(

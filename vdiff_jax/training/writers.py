@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ class MetricWriter:
     """Appends scalars to `<workdir>/metrics.jsonl` and to TensorBoard, and images to TensorBoard.
 
     Only the first process should make one. Lines already written survive a resumed run; a step may appear twice after
-    a crash, the later line is the one that counts.
+    a crash, the later line is the one that counts. A line that cannot be written is left out, with one warning.
     """
 
     def __init__(self, workdir: str | Path):
@@ -27,18 +30,30 @@ class MetricWriter:
 
         folder = Path(workdir)
         folder.mkdir(parents=True, exist_ok=True)
-        self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"))
+        self._path = folder / "metrics.jsonl"
+        self._lines = self._path.open("ab", buffering=0)  # a buffer would keep what a full disk has refused
+        # Its queue has no bound: it is emptied by a thread that a full disk ends, and no one must wait for that.
+        self._board = SummaryWriter(str(folder / "tensorboard"), max_queue=0)
+        self._warned = False
 
     def scalars(self, step: int, values: Scalars) -> None:
         record: dict[str, Any] = {"step": step, **{name: float(value) for name, value in values.items()}}
-        self._lines.write(json.dumps(record) + "\n")
-        self._lines.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        line = (json.dumps(record) + "\n").encode()
+        before = self._path.stat().st_size if self._path.exists() else 0
+        try:
+            if self._lines.write(line) != len(line):
+                self._lines.truncate(before)  # no half a line
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._warn(error)
+        if self._alive():
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """image: u8 [h w 3]."""
+        if not self._alive():
+            return
         self._board.add_image(name, image, step, dataformats="HWC")
 
     def video(self, step: int, name: str, frames: np.ndarray, fps: float) -> None:
@@ -46,6 +61,8 @@ class MetricWriter:
         from PIL import Image
         from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
+        if not self._alive():
+            return
         # The board's own add_video asks for another package; its summary is only an encoded gif.
         wide = np.concatenate(list(frames), axis=2)
         first, *rest = [Image.fromarray(frame) for frame in wide]
@@ -58,7 +75,27 @@ class MetricWriter:
 
     def close(self) -> None:
         self._lines.close()
-        self._board.close()
+        if not self._alive():
+            return
+        try:
+            self._board.close()
+        except OSError as error:
+            self._warn(error)
+
+    def _alive(self) -> bool:
+        """Whether TensorBoard's thread still writes."""
+        assert self._board.file_writer is not None
+        events = self._board.file_writer.event_writer
+        if events._worker is None or events._worker.is_alive():
+            return events._worker is not None
+        events._event_queue.cancel_join_thread()  # what is left in it would keep the process from ending
+        self._warn(OSError(errno.EIO, "TensorBoard's file could not be written, and is not gone on with"))
+        return False
+
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            warnings.warn(f"metrics in {self._path.parent} are not complete: {error.strerror or error}", stacklevel=3)
+        self._warned = True
 
 
 class ProgressLine:
