@@ -8,8 +8,8 @@
 
 Any setting can be changed on the command line: --config.train.num_steps=2000 --config.optimizer.learning_rate=5e-4.
 Running the same command again resumes from the newest checkpoint. Ctrl-C or SIGTERM stops after a checkpoint, with
-exit code 75. The work folder receives checkpoints/, metrics.jsonl, tensorboard/, samples/, goodput.json, model/ (the
-finished model) and, with --config.train.model_steps=500, models/0000500 and so on.
+exit code 75 and no model. The work folder receives checkpoints/, metrics.jsonl, tensorboard/, samples/, goodput.json,
+model/ (the finished model) and, with --config.train.model_steps=500, models/0000500 and so on.
 
 Before it begins a run looks at its data, mesh, checkpoint and memory; --preflight does only that.
 Several processes: --distributed under a scheduler, or --coordinator=HOST:PORT --num_processes=2 --process_id=0 (or 1).
@@ -17,7 +17,7 @@ Several processes: --distributed under a scheduler, or --coordinator=HOST:PORT -
 
 from __future__ import annotations
 
-from pathlib import Path
+import contextlib
 
 import jax
 from absl import flags
@@ -27,6 +27,7 @@ from vdiff_jax import parallel, processes
 from vdiff_jax.command import run_script
 from vdiff_jax.recipe import TrainConfig, section
 from vdiff_jax.training.goodput import Goodput
+from vdiff_jax.training.workdir import alone_in, local_folder, make_shared
 from vdiff_jax.training_run import carry_out, prepare_run, tell
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, a file in configs/.")
@@ -41,17 +42,17 @@ _PREFLIGHT = flags.DEFINE_bool("preflight", False, "Look at data, mesh, checkpoi
 
 
 def main(_: list[str]) -> int:
+    workdir = local_folder(_WORKDIR.value or ".")
     recipe = _CONFIG.value
     train = section(recipe, "train", TrainConfig)
     explicit = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     if _DISTRIBUTED.value or any(value is not None for value in explicit):
         processes.start_distributed(*explicit, heartbeat_s=train.heartbeat_s or 100)
-    workdir = Path(_WORKDIR.value or ".")
-    if workdir.exists() and not workdir.is_dir():
-        raise NotADirectoryError(f"--workdir={workdir} is a file: give a folder")
-    workdir.mkdir(parents=True, exist_ok=True)
     clock = Goodput(workdir if jax.process_index() == 0 else None)
-    with processes.one_ends_all(lambda: f"after step {clock.step}"):
+    with processes.one_ends_all(lambda: f"after step {clock.step}"), contextlib.ExitStack() as held:
+        make_shared(workdir)
+        if not _PREFLIGHT.value:
+            held.enter_context(alone_in(workdir))
         mesh = parallel.make_mesh(**recipe.parallel)
         tell(f"{recipe.stage} stage, mesh {parallel.describe(mesh)}, in {workdir}")
         with jax.set_mesh(mesh):

@@ -82,6 +82,7 @@ def train(
     with jax.set_mesh(mesh), (workdir / f"clips.{jax.process_index()}.jsonl").open("a") as log:
         state, shardings, step = start(mesh)
         checkpoints = Checkpoints(workdir, keep=2)
+        checkpoints.begin()
         if checkpoints.latest_step is not None:
             state, _ = checkpoints.restore(jax.eval_shape(lambda tree: tree, state), shardings)
         print(json.dumps({"start": int(state.step)}), file=log, flush=True)

@@ -57,6 +57,48 @@ def test_an_error_in_one_is_told_at_once_though_a_save_goes_on(tmp_path):
     assert "error: process 1 of 2: no clip for step 5" in pair.said[1]
 
 
+def test_a_save_that_one_cannot_write_fails_on_all_and_the_run_goes_on(tmp_path):
+    (tmp_path / "checkpoints" / "2.saving-1").mkdir(parents=True)  # in the way of what process 1 writes first
+    pair = two_processes.Pair(tmp_path, steps=4, interval=2)
+    assert pair.ended() == [0, 0], pair.said
+    assert all("the checkpoint of step 2 could not be written" in said for said in pair.said)
+    assert (tmp_path / "checkpoints" / "4" / "manifest.json").exists()
+    assert not (tmp_path / "checkpoints" / "2").exists()
+
+
+SHARED = """
+import sys
+from pathlib import Path
+from vdiff_jax.processes import start_distributed
+from vdiff_jax.training import workdir
+start_distributed(sys.argv[1], 2, int(sys.argv[2]))
+workdir._PATIENCE_S = 0.5
+for folder in ("one", "one", sys.argv[2]):
+    try:
+        workdir.make_shared(Path(sys.argv[3]) / folder)
+        print("seen")
+    except OSError as error:
+        print(error)
+"""
+
+
+def test_processes_of_different_folders_are_refused(tmp_path):
+    address = f"localhost:{two_processes.free_port()}"
+    environment = {**script_environment(), "JAX_PLATFORMS": "cpu"}
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", SHARED, address, str(number), str(tmp_path)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for number in (0, 1)
+    ]  # fmt: skip
+    for said in [run.communicate(timeout=120)[0].splitlines() for run in runs]:
+        said = [line for line in said if "Gloo" not in line]
+        assert said[:2] == ["seen", "seen"]
+        assert said[2].endswith("/1 of process 1 is not that of process 0: give a folder that all processes see")
+    assert not list((tmp_path / "one").iterdir())
+
+
 def test_all_stop_at_one_step_and_one_that_is_killed_ends_the_other(tmp_path):
     pair = two_processes.Pair(tmp_path, steps=10**6, interval=3, heartbeat=5, pause=0.02)
     pair.wait_for_step(5)

@@ -21,7 +21,7 @@ from vdiff_jax.stages import Stage, make_stage
 from vdiff_jax.training.checkpoint import Checkpoints, SaveFailed
 from vdiff_jax.training.config_changes import describe_changes
 from vdiff_jax.training.goodput import Goodput
-from vdiff_jax.training.loop import fit
+from vdiff_jax.training.loop import SIGNAL, fit
 from vdiff_jax.training.manifest import code_version
 from vdiff_jax.training.optimizer import OptimizerConfig, make_optimizer
 from vdiff_jax.training.step import TrainState, abstract_state, init_sharded_state, make_train_step
@@ -70,7 +70,10 @@ def prepare_run(recipe: Recipe, mesh: Mesh, workdir: Path, clock: Goodput, *, lo
     abstract = abstract_state(stage.init, optimizer, mesh)
     state_gb = parallel.bytes_per_device(abstract) / 1e9
     tell(f"{parameter_count(abstract.params) / 1e6:.2f} M trainable parameters, {state_gb:.3f} GB of state a device")
-    checkpoints = Checkpoints(workdir, keep=train.keep_checkpoints, keep_every=train.keep_every_steps)
+    patience = 10 * (train.heartbeat_s or 100.0)  # half of what the heartbeat allows
+    checkpoints = Checkpoints(
+        workdir, keep=train.keep_checkpoints, keep_every=train.keep_every_steps, timeout_s=patience
+    )
     if not train.partial_restore:
         checkpoints.check(abstract)
     train_step = make_train_step(
@@ -91,9 +94,10 @@ def prepare_run(recipe: Recipe, mesh: Mesh, workdir: Path, clock: Goodput, *, lo
 
 
 def carry_out(run: Run) -> int:
-    """Train to the end, a signal or the time limit, and write the model; returns the exit code."""
+    """Train to the end or the time limit and write the model, or to a signal and do not; returns the exit code."""
     stage, workdir, clock, key = run.stage, run.workdir, run.clock, jax.random.key(run.recipe.seed)
     meta = {"config": json.loads(run.recipe.to_json_best_effort()), "code": code_version()}
+    run.checkpoints.begin()
     state, data_offset = _first_state(run, key, meta)
     clock.resumed(int(state.step))
     writer = MetricWriter(workdir) if jax.process_index() == 0 else None
@@ -103,7 +107,7 @@ def carry_out(run: Run) -> int:
         unfinished.replace(workdir / "recipe.json")
     try:
         with run.checkpoints:
-            state, finished = fit(
+            state, stopped = fit(
                 state,
                 run.train_step,
                 stage.batches_from,
@@ -125,14 +129,17 @@ def carry_out(run: Run) -> int:
         clock.write()
         if writer is not None:
             writer.close()
-    _write_model(stage, state, workdir / "model")
     if stage.unread.count:
         tell(f"warning: {stage.unread}")
-    tell(f"model at step {int(state.step)} written to {workdir / 'model'}")
+    if stopped == SIGNAL:  # the machine may be gone before a model is written
+        tell(f"stopped at step {int(state.step)} without a model: run again to go on and write it at the end")
+    else:
+        _write_model(stage, state, workdir / "model")
+        tell(f"model at step {int(state.step)} written to {workdir / 'model'}")
     clock.write()
     tell(str(clock))
     processes.wait_for_all()
-    return 0 if finished else STOPPED_EARLY
+    return 0 if stopped is None else STOPPED_EARLY
 
 
 def _first_state(run: Run, key: jax.Array, meta: dict[str, Any]) -> tuple[TrainState, int]:

@@ -2,6 +2,7 @@
 
 import resource
 import shutil
+import threading
 import warnings
 
 import jax
@@ -156,8 +157,32 @@ def test_what_a_killed_run_left_is_removed(tmp_path):
     saved(tmp_path, 1)
     for name in ("2.orbax-checkpoint-tmp", "0.removing", "9.damaged"):
         shutil.copytree(tmp_path / "checkpoints" / "1", tmp_path / "checkpoints" / name)
-    Checkpoints(tmp_path).close()
+    before = names(tmp_path)
+    Checkpoints(tmp_path).close()  # as a look before training does, while another run saves
+    assert names(tmp_path) == before
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.begin()
     assert names(tmp_path) == ["1", "9.damaged"]
+
+
+def test_a_save_that_was_killed_before_its_manifest_leaves_nothing(tmp_path, monkeypatch):
+    saved(tmp_path, 1)
+
+    def killed(*_):
+        raise KeyboardInterrupt  # not an error of storage: nothing is tidied up
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "write", killed)
+        patch.setattr(threading, "excepthook", lambda *_: None)
+        Checkpoints(tmp_path).save(fresh("1", 2)[0], {})
+        for thread in threading.enumerate():
+            if thread.name == "checkpoint of step 2":
+                thread.join()
+    assert names(tmp_path) == ["1", "2", "2.saving"]
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.begin()
+        assert checkpoints.latest_step == 1
+    assert names(tmp_path) == ["1"]
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_does_not_block_its_step(tmp_path):

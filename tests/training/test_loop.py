@@ -14,7 +14,7 @@ import pytest
 
 from vdiff_jax.training.checkpoint import Checkpoints, SaveFailed
 from vdiff_jax.training.goodput import Goodput
-from vdiff_jax.training.loop import LoopConfig, NonFiniteRun, fit, to_scalars
+from vdiff_jax.training.loop import SIGNAL, TIME_LIMIT, LoopConfig, NonFiniteRun, fit, to_scalars
 from vdiff_jax.training.step import init_sharded_state, make_train_step
 from vdiff_jax.training.stopping import StopRequest
 from vdiff_jax.training.writers import MetricWriter
@@ -66,13 +66,13 @@ def saved_steps(tmp_path):
 
 def test_a_run_to_its_end_saves_logs_and_samples(tmp_path):
     sampled, models = [], []
-    state, finished = run(
+    state, stopped = run(
         tmp_path,
         LoopConfig(num_steps=7, log_steps=2, checkpoint_steps=3, sample_steps=5, model_steps=3),
         on_sample=lambda step, state, writer: sampled.append((step, int(state.step))),
         on_model=lambda step, state: models.append((step, int(state.step))),
     )
-    assert finished and int(state.step) == 7
+    assert stopped is None and int(state.step) == 7
     assert saved_steps(tmp_path) == [3, 6, 7] and sampled == [(5, 5)] and models == [(3, 3), (6, 6)]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 6, 7]
@@ -125,8 +125,8 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(number, tmp_path):
                 os.kill(os.getpid(), number)
             yield batch
 
-    state, finished = run(tmp_path, LoopConfig(num_steps=100, checkpoint_steps=0), batches=batches)
-    assert not finished and int(state.step) == 4 and saved_steps(tmp_path) == [4]
+    state, stopped = run(tmp_path, LoopConfig(num_steps=100, checkpoint_steps=0), batches=batches)
+    assert stopped == SIGNAL and int(state.step) == 4 and saved_steps(tmp_path) == [4]
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
@@ -144,8 +144,8 @@ def test_a_second_signal_while_saving_does_no_harm(tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         yield from start()[2](first)
 
-    state, finished = run(tmp_path, LoopConfig(num_steps=100, checkpoint_steps=0), batches=batches)
-    assert not finished and saved_steps(tmp_path) == [int(state.step)] == [1] and sent
+    state, stopped = run(tmp_path, LoopConfig(num_steps=100, checkpoint_steps=0), batches=batches)
+    assert stopped == SIGNAL and saved_steps(tmp_path) == [int(state.step)] == [1] and sent
 
 
 def test_a_second_interrupt_does_not_wait():
@@ -156,8 +156,8 @@ def test_a_second_interrupt_does_not_wait():
 
 
 def test_the_time_limit_stops_with_a_checkpoint(tmp_path):
-    state, finished = run(tmp_path, LoopConfig(num_steps=100, checkpoint_steps=0, max_minutes=1e-9))
-    assert not finished and int(state.step) == 1 and saved_steps(tmp_path) == [1]
+    state, stopped = run(tmp_path, LoopConfig(num_steps=100, checkpoint_steps=0, max_minutes=1e-9))
+    assert stopped == TIME_LIMIT and int(state.step) == 1 and saved_steps(tmp_path) == [1]
 
 
 @pytest.mark.parametrize("log_steps", [0, 1])
@@ -202,8 +202,8 @@ def test_a_full_disk_ends_a_run_with_what_it_means_for_its_checkpoint(tmp_path, 
 
 def test_bad_updates_that_are_not_in_a_row_do_not_end_it(tmp_path):
     config = LoopConfig(num_steps=9, log_steps=1, checkpoint_steps=0, max_skipped_in_row=3)
-    state, finished = run(tmp_path, config, poison=(0, 1, 3, 4, 6, 7))
-    assert finished and int(state.skipped) == 6
+    state, stopped = run(tmp_path, config, poison=(0, 1, 3, 4, 6, 7))
+    assert stopped is None and int(state.skipped) == 6
     np.testing.assert_allclose(state.params["w"], 1 - 0.8**3, rtol=1e-5)
 
 

@@ -12,11 +12,13 @@ import os
 import re
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from vdiff_jax.parallel import path_name
 from vdiff_jax.training import step_folders
@@ -48,10 +50,10 @@ class Checkpoints:
     keep: how many of the newest to keep. keep_every: those at multiples of so many steps are kept as well; 0 = off.
 
     Every method is called by all processes, with the same arguments. Writes are atomic and asynchronous: `save` returns
-    once the arrays are copied to the host. What a killed run left half-written is removed at the start.
+    once the arrays are copied to the host. timeout_s: how long processes wait for one whose part is not written.
     """
 
-    def __init__(self, workdir: str | Path, *, keep: int = 3, keep_every: int = 0):
+    def __init__(self, workdir: str | Path, *, keep: int = 3, keep_every: int = 0, timeout_s: float = 1000.0):
         if keep < 1 or keep_every < 0:
             raise ValueError(
                 f"train.keep_checkpoints={keep} must be at least 1, keep_every_steps={keep_every} at least 0"
@@ -59,15 +61,27 @@ class Checkpoints:
         self.folder = Path(workdir).absolute() / "checkpoints"
         self._keep, self._keep_every = keep, keep_every
         log_storage_errors_once()
-        self._steps: list[int] = from_first(self._prepare_folder() if jax.process_index() == 0 else None)
+        self._steps: list[int] = from_first(self._found() if jax.process_index() == 0 else None)
         self._checkpointer = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler(), meta=ocp.JsonCheckpointHandler()),
             # Made in the background, a folder that cannot be made would leave threads that wait for it for minutes.
-            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
+            async_options=ocp.options.AsyncOptions(
+                create_directories_asynchronously=False, timeout_secs=max(round(timeout_s), 1)
+            ),
         )
         self._save: _Save | None = None
         self.failure: str | None = None
         """Why the last save failed; None if it did not."""
+
+    def begin(self) -> None:
+        """Make the folder and remove what a killed run left half-written. Only for the one run that trains here."""
+        if jax.process_index() == 0:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                step_folders.clear_leftovers(self.folder)
+            except OSError as error:
+                warnings.warn(f"leftovers in {self.folder} cannot be removed: {error}", stacklevel=2)
+        self._steps = from_first(self._found() if jax.process_index() == 0 else None)
 
     @property
     def latest_step(self) -> int | None:
@@ -88,16 +102,16 @@ class Checkpoints:
             return
         digests = tree_digests(state)  # also waits for the step, so that its own errors arise here
         self._save = _Save(self, step, describe_arrays(state, digests), mesh_shape(state))
-        try:
-            self._checkpointer.save(
-                self.folder / str(step),
-                args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)),
-            )
-        except _STORAGE_ERRORS as error:
-            self._save.error = _sentence(error)
-        else:
-            self._save.start()
-        if jax.process_count() == 1 and self._save.error:
+        # Told before orbax begins, which would wait for the process that cannot write.
+        problem = first_message(self._try_to(lambda: step_folders.mark_begun(self.folder, step, jax.process_index())))
+        if problem is None:
+            contents = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+            error = self._try_to(lambda: self._checkpointer.save(self.folder / str(step), args=contents))
+            if error is None:
+                self._save.start()
+            problem = first_message(error)
+        if problem:
+            self._save.error = problem
             self._settle()
 
     def restore(
@@ -171,13 +185,8 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         self.close(agree=kind is None)
 
-    def _prepare_folder(self) -> list[int]:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            step_folders.clear_leftovers(self.folder)
-        except OSError as error:
-            warnings.warn(f"leftovers in {self.folder} cannot be removed: {error}", stacklevel=3)
-        return step_folders.list_steps(self.folder)
+    def _found(self) -> list[int]:
+        return step_folders.list_steps(self.folder) if self.folder.exists() else []
 
     def _settle(self) -> None:
         """Wait for the save in progress, and agree with the other processes on how it ended."""
@@ -197,6 +206,15 @@ class Checkpoints:
         self.failure = f"the checkpoint of step {save.step} could not be written in {self.folder} ({newest}): {problem}"
         warnings.warn(self.failure, stacklevel=3)
 
+    @staticmethod
+    def _try_to(act: Callable[[], None]) -> str | None:
+        """Why it failed, if storage is the reason."""
+        try:
+            act()
+        except _STORAGE_ERRORS as error:
+            return _sentence(error)
+        return None
+
     def finish(self, save: _Save) -> None:
         """In the background, once all processes have written: the manifest, then the old ones go."""
         self._checkpointer.wait_until_finished()
@@ -211,6 +229,7 @@ class Checkpoints:
             processes=jax.process_count(),
             mesh=save.mesh,
         ).write(folder)
+        step_folders.mark_finished(self.folder, save.step)
         steps = [*self._steps, save.step]
         for old in sorted(set(steps) - set(step_folders.kept_steps(steps, self._keep, self._keep_every))):
             try:
@@ -232,11 +251,10 @@ class Checkpoints:
                 jax.tree_util.tree_leaves_with_path(abstract), jax.tree.leaves(shardings), strict=True
             )
         }
-        if not differing:
-            structure = jax.tree.structure(abstract)
-            return self._read(folder, manifest, jax.tree.unflatten(structure, targets.values()))
         fitting = {name: leaf for name, leaf in targets.items() if _fits(manifest, name, leaf)}
-        arrays, meta = self._read(folder, manifest, fitting, partial=True)
+        arrays, meta = self._read(folder, manifest, fitting)
+        if not differing:
+            return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in targets]), meta
         warnings.warn(f"checkpoint {folder} is restored in part: {'; '.join(differing)}", stacklevel=4)
         return filled(fresh, arrays), meta
 
@@ -257,24 +275,28 @@ class Checkpoints:
             raise DamagedCheckpoint(problem)
         return manifest
 
-    def _read(self, folder: Path, manifest: Manifest, target: Any, partial: bool = False) -> tuple[Any, dict[str, Any]]:
-        """(arrays like `target`, meta); the arrays on their devices are compared with their digests."""
-        meta = ocp.args.JsonRestore()
+    def _read(
+        self, folder: Path, manifest: Manifest, targets: dict[str, jax.ShapeDtypeStruct]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(arrays by name, meta); the arrays on their devices are compared with their digests.
+
+        Read by orbax's handlers, without its checkpointer: that waits for the other processes, which is in vain where
+        one cannot read. All processes raise the same, or none does.
+        """
+        arrays, meta, problem = {}, {}, None
         try:
-            if partial:
-                found = self._checkpointer.restore(folder, args=ocp.args.Composite(meta=meta))
-                found = {"state": read_arrays(folder / "state", target), "meta": found["meta"]}
-            else:
-                state = ocp.args.StandardRestore(target)
-                found = self._checkpointer.restore(folder, args=ocp.args.Composite(state=state, meta=meta))
+            arrays = read_arrays(folder / "state", targets)
+            meta = ocp.JsonCheckpointHandler().restore(epath.Path(folder / "meta"))
         except _STORAGE_ERRORS as error:
-            raise DamagedCheckpoint(f"{folder} cannot be read: {_sentence(error)}") from error
-        digests = tree_digests(found["state"])
-        wrong = [name for name, digest in digests.items() if digest != manifest.arrays[name]["digest"]]
+            problem = f"{folder} cannot be read: {_sentence(error)}"
+        if problem := first_message(problem):
+            raise DamagedCheckpoint(problem)
+        digests = tree_digests(arrays)
+        wrong = [name for name in arrays if digests[name] != manifest.arrays[name]["digest"]]
         if wrong:
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             raise DamagedCheckpoint(f"{folder}: the array {wrong[0]}{more} is not what was saved")
-        return found["state"], found["meta"]
+        return arrays, meta
 
     def _set_aside(self, damage: dict[int, str], restored: int) -> None:
         """Warn of the damaged checkpoints that were passed over, and rename them."""

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from vdiff_jax.training.agreement import first_message
 from vdiff_jax.training.checkpoint import Checkpoints
 from vdiff_jax.training.goodput import Goodput
 from vdiff_jax.training.heartbeat import Heartbeat
@@ -24,6 +25,7 @@ from vdiff_jax.training.writers import MetricWriter, ProgressLine, Scalars
 from vdiff_jax.types import Array, Batch
 
 Callback = Callable[[int, TrainState, MetricWriter | None], None]
+TIME_LIMIT, SIGNAL = "time limit reached", "signal received"
 MOST_REWINDS = 3
 """To the same checkpoint; one more ends the run."""
 
@@ -74,8 +76,8 @@ def fit(
     writer: MetricWriter | None = None,
     on_sample: Callback | None = None,
     on_model: Callable[[int, TrainState], None] | None = None,
-) -> tuple[TrainState, bool]:
-    """Train from `state.step` to `config.num_steps`; returns (state, finished).
+) -> tuple[TrainState, str | None]:
+    """Train from `state.step` to `config.num_steps`; returns (state, None or why it stopped: TIME_LIMIT, SIGNAL).
 
     batches_from: data position -> iterator of batches from there on. data_offset: the position is the step plus this,
     0 unless the run was rewound. meta: stored beside every checkpoint, with `data_offset`. clock: accounts for the
@@ -93,7 +95,10 @@ def fit(
             loop.clock.enter("export")
     finally:
         loop.progress.close()
-    return state, loop.step >= config.num_steps
+    if loop.step >= config.num_steps:
+        return state, None
+    # Only those whose own time is over know that it was not a signal.
+    return state, TIME_LIMIT if first_message(TIME_LIMIT if stop.reason == TIME_LIMIT else None) else SIGNAL
 
 
 @dataclasses.dataclass
@@ -135,7 +140,7 @@ class _Loop:
             if on_model is not None and _due(self.step, config.model_steps):
                 self._export("model", on_model, state)
             if config.max_minutes and time.monotonic() - started > 60 * config.max_minutes:
-                stop.ask("time limit reached")
+                stop.ask(TIME_LIMIT)
             if reason := stop.agreed():
                 self.progress.note(f"stopping at step {self.step}: {reason}")
                 break

@@ -2,14 +2,16 @@
 
     checkpoints/500                                 a step; finished if it holds manifest.json
     checkpoints/500.orbax-checkpoint-tmp            being written
+    checkpoints/500.saving                          a save has begun, and its manifest is not yet written
     checkpoints/500.removing                        being removed
     checkpoints/500.damaged, 500.damaged-2, ...     set aside, never removed
 
-Only process 0 calls what changes anything here.
+Only process 0 calls what changes anything here, but for `mark_begun`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +20,7 @@ from vdiff_jax.training import manifest
 
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _REMOVING = ".removing"
+_SAVING = ".saving"
 
 
 def list_steps(folder: Path) -> list[int]:
@@ -32,11 +35,35 @@ def kept_steps(steps: Iterable[int], keep: int, keep_every: int = 0) -> list[int
     return [step for step in rising if step in newest or (keep_every and step % keep_every == 0)]
 
 
+def mark_begun(folder: Path, step: int, process: int) -> None:
+    """Leave a file that tells of a save in progress; where a process cannot, its storage fails before the save begins.
+
+    A step without a manifest was never finished if this file is there, and has lost its manifest if not.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{step}{_SAVING}" if process == 0 else folder / f"{step}{_SAVING}-{process}"
+    path.write_text(f"process {process} saves step {step}\n")
+    if process:
+        path.unlink()
+
+
+def mark_finished(folder: Path, step: int) -> None:
+    """Remove that file."""
+    (folder / f"{step}{_SAVING}").unlink(missing_ok=True)
+
+
 def clear_leftovers(folder: Path) -> None:
     """Remove what a killed run was writing or removing."""
-    for path in folder.iterdir():
+    for path in list(folder.iterdir()):
         if path.is_dir() and (_TEMPORARY in path.name or path.name.endswith(_REMOVING)):
             shutil.rmtree(path)
+        elif path.name.endswith(_SAVING):
+            step = folder / path.name.removesuffix(_SAVING)
+            if step.is_dir() and not (step / manifest.NAME).exists():
+                remove(folder, int(step.name))
+            path.unlink()
+        elif f"{_SAVING}-" in path.name:
+            path.unlink()
 
 
 def discard_unfinished(folder: Path, step: int) -> None:
@@ -46,6 +73,8 @@ def discard_unfinished(folder: Path, step: int) -> None:
         left.append(folder / str(step))
     for path in left:
         shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        mark_finished(folder, step)
 
 
 def remove(folder: Path, step: int) -> None:
