@@ -287,7 +287,7 @@ class Checkpoints:
         try:
             arrays = read_arrays(folder / "state", targets)
             meta = ocp.JsonCheckpointHandler().restore(epath.Path(folder / "meta"))
-        except _STORAGE_ERRORS as error:
+        except Exception as error:  # orbax wraps what does not decompress in a bare Exception
             problem = f"{folder} cannot be read: {_sentence(error)}"
         if problem := first_message(problem):
             raise DamagedCheckpoint(problem)
