@@ -296,7 +296,7 @@ class Checkpoints:
         if wrong:
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             raise DamagedCheckpoint(f"{folder}: the array {wrong[0]}{more} is not what was saved")
-        return arrays, meta
+        return arrays, dict(meta)
 
     def _set_aside(self, damage: dict[int, str], restored: int) -> None:
         """Warn of the damaged checkpoints that were passed over, and rename them."""

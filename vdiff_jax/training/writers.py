@@ -84,8 +84,8 @@ class MetricWriter:
 
     def _alive(self) -> bool:
         """Whether TensorBoard's thread still writes."""
-        assert self._board.file_writer is not None
-        events = self._board.file_writer.event_writer
+        writer: Any = self._board.file_writer
+        events = writer.event_writer
         if events._worker is None or events._worker.is_alive():
             return events._worker is not None
         events._event_queue.cancel_join_thread()  # what is left in it would keep the process from ending
