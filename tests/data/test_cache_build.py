@@ -158,3 +158,35 @@ def test_every_process_hears_of_clips_that_cannot_be_read(tmp_path):
     (tmp_path / "index.json").unlink()
     assert build_latent_cache(source, encode, tmp_path, "abc").count == 0
     assert len(LatentCache(tmp_path, Windows(2))) == 3
+
+
+@pytest.mark.parametrize("first_ends", [True, False])
+def test_a_repair_waits_for_every_process(tmp_path, first_ends):
+    """What is encoded anew is in the index, whoever is slow, though notes, an index and marks are there from before."""
+    source = Unreadable()
+    build_latent_cache(source, encode, tmp_path, "abc")
+    (tmp_path / "000000.npy").write_bytes(b"damaged")
+    for name in (".build.json", ".done.1.json"):  # left by a build that was killed
+        (tmp_path / name).write_text('{"build": "old"}')
+    source.damaged = False
+    reports, waits = {}, threading.Event()
+
+    def build(index):
+        if (index == 1) == first_ends:
+            waits.wait(60)
+        reports[index] = build_latent_cache(
+            source, encode, tmp_path, "abc", process_index=index, process_count=2, stall_s=20
+        )
+
+    threads = [threading.Thread(target=build, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.3)
+    assert not reports
+    waits.set()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert reports[0].count == reports[1].count == 0
+    cache = LatentCache(tmp_path, Windows(2))
+    assert [cache[index]["name"] for index in range(len(cache))] == ["clip 0", "clip 1", "clip 2"]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

@@ -1,8 +1,12 @@
 """Filling a latent cache (`latent_cache.py`): by one process or by many, stopped and gone on at any moment.
 
-Process i of n encodes the clips i, i + n, i + 2 n, ... and notes each beside its file; when all clips have a note the
-first process writes the index. Nothing but the folder is shared, so the number of processes may change between an
-interrupted build and its continuation, and the result is the same whoever encodes what.
+Process i of n encodes the clips i, i + n, i + 2 n, ... and notes each beside its file; when every process has marked
+its share as done the first one writes the index. Notes alone would not tell, as those of an earlier build are there
+from the start. Nothing but the folder is shared, so the number of processes may change between an interrupted build and
+its continuation, and the result is the same whoever encodes what.
+
+While a build lasts, `.build.json` holds its name, drawn by the first process, and `.done.3.json` that name once process
+3 is done; so marks left by a build that was killed count for nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import dataclasses
 import io
 import json
 import time
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +31,7 @@ from vdiff_jax.data.transforms import to_video
 EncodeMoments = Callable[[np.ndarray], Any]  # video f32 [b f h w 3] -> moments [b f h' w' 2c]
 Progress = Callable[[int, int], None]
 STALL_S = 900.0
+BUILD = ".build.json"
 _POLL_S = 0.5
 
 
@@ -62,18 +68,27 @@ def build_latent_cache(
     fps, split = getattr(source, "fps", None), getattr(source, "split", "all")
     plan = {"digest": digest, "size": size, "fps": fps, "dtype": dtype, "split": split, "clips": len(source)}
     _claim(place, json.loads(json.dumps(plan)))
+    (place / INDEX).unlink(missing_ok=True)  # what it lists is about to change, and its coming is the end of this build
+    build = uuid.uuid4().hex
+    if process_index == 0:
+        _write_json(place / BUILD, {"build": build})
     noted = _noted(place)
     share = range(process_index, len(source), process_count)
     for done, index in enumerate(share, 1):
         if index not in noted or not _is_whole(place, index, source):
+            (place / _note(index)).unlink(missing_ok=True)
             _encode_clip(source, index, encode_moments, place, batch_size, dtype)
         if progress:
             progress(done, len(share))
     if process_index == 0:
-        _wait(lambda: len(_noted(place)) >= len(source), place, len(source), stall_s)
+        _wait(lambda: _missing_marks(place, build, process_count), place, len(source), stall_s)
         _write_index(place, plan, len(source))
+        for entry in entries(place):
+            if entry.name == BUILD or entry.name.startswith(".done."):
+                entry.unlink(missing_ok=True)
     else:
-        _wait(lambda: (place / INDEX).exists(), place, len(source), stall_s)
+        marked = _Mark(place, process_index)
+        _wait(lambda: [] if (place / INDEX).exists() else marked.missing(), place, len(source), stall_s)
     return _skip_report(json.loads((place / INDEX).read_bytes()))
 
 
@@ -199,18 +214,52 @@ def _encode_frames(frames: np.ndarray, encode_moments: EncodeMoments, batch_size
     return np.concatenate(pieces)
 
 
-def _wait(finished: Callable[[], bool], folder: Any, clips: int, stall_s: float) -> None:
-    """Until `finished`, as long as the number of clips that are done keeps growing."""
-    known, deadline = -1, 0.0
-    while not finished():
+def _mark(process_index: int) -> str:
+    return f".done.{process_index}.json"
+
+
+def _named_build(path: Any) -> str:
+    """The build that a mark or `.build.json` names; "" where there is none."""
+    try:
+        return json.loads(path.read_bytes())["build"]
+    except FileNotFoundError:
+        return ""
+
+
+def _missing_marks(folder: Any, build: str, process_count: int) -> list[str]:
+    names = [_mark(index) for index in range(1, process_count)]
+    return [name for name in names if _named_build(folder / name) != build]
+
+
+@dataclasses.dataclass
+class _Mark:
+    """That the share of a process is done, in the name of whichever build the first process has begun last."""
+
+    folder: Any
+    process_index: int
+    build: str = ""
+
+    def missing(self) -> list[str]:
+        """Renew the mark, for the first process may begin later than this one; what is waited for."""
+        build = _named_build(self.folder / BUILD)
+        if build not in ("", self.build):
+            _write_json(self.folder / _mark(self.process_index), {"build": build})
+            self.build = build
+        return [INDEX]
+
+
+def _wait(missing: Callable[[], list[str]], folder: Any, clips: int, stall_s: float) -> None:
+    """Until `missing` names no file any more, as long as the clips that are done, or the files missing, change."""
+    known, deadline = None, 0.0
+    while names := missing():
         noted = _noted(folder)
-        if len(noted) > known:
-            known, deadline = len(noted), time.monotonic() + stall_s
+        if (noted, names) != known:
+            known, deadline = (noted, names), time.monotonic() + stall_s
         if time.monotonic() > deadline:
-            missing = [index for index in range(clips) if index not in noted]
-            shown = ", ".join(_note(index) for index in missing[:3]) or INDEX
+            notes = [_note(index) for index in range(clips) if index not in noted]
+            shown = ", ".join((notes or names)[:3])
             raise TimeoutError(
-                f"{folder}: {len(missing)} of {clips} clips ({shown}) have not come from the other processes, and "
+                f"{folder}: {len(notes)} of {clips} clips ({shown}) have not come from the other processes, and "
                 f"nothing new for {stall_s:.0f} s; see that all run and that the folder is on storage they all share"
             )
         time.sleep(_POLL_S)
